@@ -1,0 +1,9 @@
+"""The one exception for what a user can mend."""
+
+
+class UserError(ValueError):
+    """Something the user gave, or the machine lacks, makes the work impossible.
+
+    The message is one line that names the value, the bound and the fix. Entry points print it alone, without a
+    traceback, and exit with code 2; whoever calls the package from Python catches it as a `ValueError`.
+    """

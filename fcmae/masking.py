@@ -1,0 +1,136 @@
+"""What is visible: the mask, and the strategies that draw one.
+
+Shapes: B images, (h, w) grid of mask patches, L = h * w, V visible patches per image.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fcmae.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which patches of each image are seen; every image of a batch sees the same number.
+
+    Attributes:
+        visible: (B, h, w) bool, True means seen.
+        index: (B, V) int64, the seen cells of each image, numbered row by row, ascending. Derived from `visible`
+            when it is not given; who gives it vouches that both agree (it saves reading the device's memory).
+
+    Raises:
+        UserError: `visible` has not three dimensions, is not boolean, or its images see different numbers of patches.
+    """
+
+    visible: Tensor
+    index: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.index is None:
+            object.__setattr__(self, "index", _visible_index(self.visible))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): the number of mask patches down and across."""
+        return self.visible.shape[1], self.visible.shape[2]
+
+    @property
+    def rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        """Where the seen patches lie in the grid: two (B, V) int64 tensors."""
+        width = self.visible.shape[2]
+        return self.index // width, self.index % width
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The same mask on another device."""
+        return Mask(self.visible.to(device), self.index.to(device))
+
+
+class Masking(Protocol):
+    """A masking strategy: looks at the images (at least at their shape) and says what is seen.
+
+    `patch_size` is the side of one mask patch in pixels; a strategy is any callable object that has it.
+    """
+
+    patch_size: int
+
+    def __call__(self, images: Tensor) -> Mask: ...
+
+
+class RandomMask:
+    """Hides a fixed share of the patches of each image, uniformly at random (paper section 3.1).
+
+    Draws from torch's global generator of the images' device, so the same `torch.manual_seed` gives the same masks.
+
+    Args:
+        mask_ratio: share of the patches to hide, in [0, 1); `int(L * (1 - mask_ratio))` of L stay visible.
+        patch_size: side of a mask patch in pixels, a multiple of 32.
+
+    Raises:
+        UserError: a value out of its bounds; when called, an image that is no multiple of the patch, or so small that
+            no patch would stay visible.
+    """
+
+    def __init__(self, *, mask_ratio: float = 0.6, patch_size: int = 32) -> None:
+        if not 0 <= mask_ratio < 1:
+            raise UserError(f"mask_ratio={mask_ratio} is outside [0, 1): give the share to hide, such as 0.6")
+        if patch_size < 32 or patch_size % 32:
+            raise UserError(f"patch_size={patch_size} is not a multiple of 32, the network's stride: use 32 or 64")
+        self.mask_ratio = mask_ratio
+        self.patch_size = patch_size
+
+    def visible_count(self, patches: int) -> int:
+        """How many of `patches` stay visible.
+
+        Raises:
+            UserError: none would.
+        """
+        count = int(patches * (1 - self.mask_ratio))  # the original's expression, binary rounding and all
+        if count < 1:
+            raise UserError(
+                f"mask_ratio={self.mask_ratio} leaves none of {patches} patches visible: "
+                f"use a ratio of at most {1 - 1 / patches:.4g} or larger images"
+            )
+        return count
+
+    def __call__(self, images: Tensor) -> Mask:
+        """images (B, C, H, W) -> Mask over the grid (H / patch_size, W / patch_size)."""
+        batch = images.shape[0]
+        h, w = patch_grid(images.shape[-2], images.shape[-1], self.patch_size)
+        noise = torch.rand(batch, h * w, device=images.device)
+        index = noise.argsort(dim=1)[:, : self.visible_count(h * w)].sort(dim=1).values  # (B, V)
+        visible = torch.zeros(batch, h * w, dtype=torch.bool, device=images.device).scatter_(1, index, True)
+        return Mask(visible.view(batch, h, w), index)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """(h, w): how many patches an image holds.
+
+    Raises:
+        UserError: a side is not a positive multiple of the patch.
+    """
+    for side in (height, width):
+        if side < patch_size or side % patch_size:
+            below = side // patch_size * patch_size
+            choices = f"{below} or {below + patch_size}" if below else str(patch_size)
+            raise UserError(
+                f"image size {height}x{width} is not a multiple of the {patch_size}-pixel mask patch: "
+                f"instead of {side} use {choices}"
+            )
+    return height // patch_size, width // patch_size
+
+
+def _visible_index(visible: Tensor) -> Tensor:
+    if visible.ndim != 3 or visible.dtype != torch.bool:
+        raise UserError(
+            f"a mask is a boolean tensor (B, h, w), True where seen; got {visible.dtype} {tuple(visible.shape)}"
+        )
+    counts = visible.flatten(1).sum(1)  # (B,)
+    least, most = (int(count) for count in torch.aminmax(counts))
+    if least != most:
+        raise UserError(
+            f"the images of a batch see different numbers of patches ({least} to {most}): every image must see as many"
+        )
+    return visible.flatten(1).nonzero()[:, 1].view(visible.shape[0], least)

@@ -1,0 +1,56 @@
+"""The sparse encoder: timm's ConvNeXt, its modules and parameters untouched, executed on packed images."""
+
+from functools import partial
+
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fcmae.engines import get_engine
+from fcmae.masking import Mask
+from fcmae.models.block import GRNScope, convnext_block
+from fcmae.packing import pack
+
+
+class Encoder(nn.Module):
+    """Runs a ConvNeXt on the visible patches of each image and on nothing else (paper section 3.1).
+
+    Stem, downsampling, normalisation and MLPs never reach over the border of a patch, so they act on the packed image
+    as they are; the depthwise convolution comes from an engine, which knows the mask. No gradient and no influence
+    comes from hidden pixels.
+
+    Args:
+        net: timm's ConvNeXt with stem stride 4. Its final norm (`net.head.norm`) plays no part in pre-training: it
+            is kept, frozen at the identity's scale and shift, so that the state dict is timm's.
+        engine: name of the engine, see `fcmae.engines`.
+        grn_scope: `image`, or `batch` to reproduce the original PyTorch code.
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    stride = 32
+
+    def __init__(
+        self,
+        net: ConvNeXt,
+        *,
+        engine: str = "torch",
+        grn_scope: GRNScope = "image",
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.net.head.requires_grad_(False)
+        self.depthwise = get_engine(engine)
+        self.grn_scope = grn_scope
+        self.grad_checkpointing = grad_checkpointing
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
+        x = self.net.stem(pack(images, mask))  # (B, C1, V*8, 8) for 32-pixel patches
+        depthwise = partial(self.depthwise, mask=mask)
+        for stage in self.net.stages:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                run = partial(convnext_block, block, depthwise=depthwise, grn_scope=self.grn_scope)
+                x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
+        return self.net.norm_pre(x)

@@ -1,0 +1,77 @@
+"""What the decoder has to predict.
+
+Shapes: B images, C channels, p mask patch side in pixels, L patches per image, row by row.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Target(Protocol):
+    """A reconstruction target. `values_per_pixel` times C times p*p numbers are predicted per patch."""
+
+    values_per_pixel: int
+
+    def __call__(self, images: Tensor, patch_size: int) -> Tensor:
+        """images (B, C, H, W) -> target (B, L, p*p*C*values_per_pixel)."""
+        ...
+
+    def to_pixels(self, pred: Tensor, images: Tensor, patch_size: int) -> Tensor:
+        """What a prediction looks like: pred (B, L, ...) of `images` (B, C, H, W) -> pictures (B, C, H, W)."""
+        ...
+
+
+class Pixels:
+    """The pixels themselves, normalised per patch or raw (paper section 3.1; MAE, He et al. 2022, section 4).
+
+    Args:
+        norm_pix_loss: subtract each patch's mean and divide by its deviation (unbiased variance, eps 1e-6), all
+            channels together.
+    """
+
+    values_per_pixel = 1
+
+    def __init__(self, *, norm_pix_loss: bool = True) -> None:
+        self.norm_pix_loss = norm_pix_loss
+
+    def __call__(self, images: Tensor, patch_size: int) -> Tensor:
+        """images (B, C, H, W) -> (B, L, p*p*C), in float32 at least."""
+        pixels = patchify(_at_least_float32(images), patch_size)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(pixels)
+            pixels = (pixels - mean) / deviation
+        return pixels
+
+    def to_pixels(self, pred: Tensor, images: Tensor, patch_size: int) -> Tensor:
+        """pred (B, L, p*p*C) -> (B, C, H, W); a normalised prediction gets each patch's own mean and deviation back."""
+        pred = _at_least_float32(pred)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(patchify(_at_least_float32(images), patch_size))
+            pred = pred * deviation + mean
+        return unpatchify(pred, patch_size, images.shape[-2], images.shape[-1])
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, p*p*C), pixels ordered (row, column, channel) inside a patch."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    x = images.reshape(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
+    p = patch_size
+    x = patches.reshape(patches.shape[0], height // p, width // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+
+
+def _patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)  # (B, L, 1)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
