@@ -8,13 +8,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 GRNScope = Literal["image", "batch"]
 
 
 def convnext_block(
-    block: nn.Module,
+    block: ConvNeXtBlock,
     x: Tensor,
     depthwise: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     grn_scope: GRNScope = "image",

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         visible = mask.visible.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)  # (B, hs, ws)
         x = where(visible[:, None], x, self.mask_token.to(x.dtype))
         for block in self.blocks:
-            x = convnext_block(block, x, _dense_depthwise)
+            x = convnext_block(block, x, _dense_depthwise)  # type: ignore[arg-type]
         return self.pred(x)
 
 

@@ -1,0 +1,44 @@
+"""The console script: `fcmae <verb> ...` is `python -m fcmae.<verb> ...`."""
+
+import difflib
+import runpy
+import sys
+
+VERBS = {
+    "pretrain": "pre-train a ConvNeXt V2 on your images",
+    "bench": "time training steps against the masked dense network",
+}
+
+
+def main() -> None:
+    """Runs the module of the verb, as Python's -m would."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _help()
+        return
+    verb = arguments[0]
+    if verb == "--version":
+        import fcmae
+
+        print(f"fcmae {fcmae.__version__}")  # noqa: T201
+        return
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        sys.exit(_refuse(f"{verb!r} is not one of {', '.join(VERBS)}{hint}"))
+    sys.argv = [f"fcmae {verb}", *arguments[1:]]
+    runpy.run_module(f"fcmae.{verb}", run_name="__main__", alter_sys=True)
+
+
+def _help() -> None:
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    print("\n".join(["usage: fcmae VERB [key=value ...]", "", *lines, "", "fcmae VERB --help tells a verb's options."]))  # noqa: T201
+
+
+def _refuse(message: str) -> int:
+    print(f"fcmae: {message}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What our checkpoint files hold beside Lightning's own entries, and how they are found and read."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fcmae
+from fcmae.errors import UserError
+
+FORMAT = 1
+
+
+def describe(config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself: plain data from which `fcmae.load` makes the model again.
+
+    Args:
+        config: of the run, resolved, as plain dictionaries with `model` and `data`.
+    """
+    return {
+        "format": FORMAT,
+        "fcmae": fcmae.__version__,
+        "model": config["model"],
+        "input": {key: config["data"][key] for key in ("image_size", "in_chans", "mean", "std")},
+    }
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The content of one of our checkpoint files, mapped from the disk rather than read.
+
+    Raises:
+        UserError: no such file, truncated, or not one of ours.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a run's folder or a .ckpt file")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{file} cannot be read, it is truncated or no checkpoint ({reason:.120})") from error
+    if not isinstance(checkpoint, dict) or "fcmae" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{file} is not a checkpoint of fcmae: it lacks the description of its model")
+    return checkpoint
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps that can be read, of a run's folder; None if there is none."""
+    files = sorted(run.glob("checkpoints/epoch=*-step=*.ckpt"), key=_step, reverse=True)
+    for file in [*files, run / "checkpoints" / "last.ckpt"]:
+        try:
+            read_checkpoint(file)
+        except UserError:
+            continue
+        return file
+    return None
+
+
+def _step(file: Path) -> int:
+    found = re.search(r"step=(\d+)", file.name)
+    return int(found.group(1)) if found else -1

@@ -1,0 +1,113 @@
+"""Checks of a composed configuration, before anything is built from it."""
+
+import difflib
+import inspect
+import types
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from fcmae.errors import UserError
+
+_SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def mandatory(config: DictConfig, folder: Path) -> None:
+    """Asks for what has no default.
+
+    Raises:
+        UserError: names the first missing option; for a group, its choices.
+    """
+    for key in sorted(map(str, OmegaConf.missing_keys(config)), key=lambda key: key != "model"):
+        choices = sorted(path.stem for path in (folder / key).glob("*.yaml") if not path.stem.startswith("_"))
+        if choices:
+            raise UserError(f"no {key} is chosen: add +{key}=NAME with one of {', '.join(choices)}")
+        raise UserError(f"{key} is not given: add {key}=VALUE")
+
+
+def check_config(config: DictConfig, known: set[str]) -> None:
+    """Compares every option with the function or class that takes it.
+
+    Args:
+        config: the composed configuration.
+        known: names allowed at its top.
+
+    Raises:
+        UserError: an option that nothing takes, or one of the wrong kind.
+    """
+    for key in config:
+        if str(key) not in known:
+            raise UserError(f"{key} is not an option{closest(str(key), known)}")
+    for name, node in _targets(OmegaConf.to_container(config, resolve=True), ""):
+        if str(node["_target_"]).startswith("fcmae."):
+            _check_node(name, node)
+
+
+def check_whole(config: DictConfig, name: str, least: int) -> None:
+    """Refuses what is no whole number from `least`.
+
+    Raises:
+        UserError: says so.
+    """
+    value = OmegaConf.select(config, name)
+    if type(value) is not int or value < least:
+        raise UserError(f"{name}={value!r} must be a whole number from {least}")
+
+
+def check_choice(config: DictConfig, name: str, choices: Collection[Any]) -> None:
+    """Refuses what is none of `choices`.
+
+    Raises:
+        UserError: says so.
+    """
+    value = OmegaConf.select(config, name)
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is unknown: use {' or '.join(str(choice) for choice in choices)}")
+
+
+def closest(word: str, known: Collection[str]) -> str:
+    """`; did you mean …?` when something similar is known, else nothing."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _targets(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield name, node
+        for key, value in node.items():
+            yield from _targets(value, f"{name}.{key}".lstrip("."))
+
+
+def _check_node(name: str, node: dict[str, Any]) -> None:
+    module, _, attribute = str(node["_target_"]).rpartition(".")
+    target = getattr(import_module(module), attribute)
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for key, value in node.items():
+        if str(key).startswith("_"):
+            continue
+        if key not in parameters:
+            raise UserError(f"{name}.{key} is not an option of {attribute}{closest(key, list(parameters))}")
+        _check_kind(f"{name}.{key}", value, hints.get(key, Any))
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Refuses a scalar where the annotation allows another kind of scalar only; leaves the rest to the callee."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    literals = [choice for literal in choices if get_origin(literal) is Literal for choice in get_args(literal)]
+    kinds = [kind for kind in choices if kind in _SCALARS]
+    if literals and not kinds:
+        if value not in literals:
+            raise UserError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, literals))}")
+        return
+    if not kinds or (isinstance(value, dict | list) and len(kinds) < len(choices)):
+        return
+    if value is None and type(None) in choices:
+        return
+    allowed = {*kinds, *({int} if float in kinds else ())}
+    if type(value) not in allowed:
+        raise UserError(f"{name}={value!r} must be {' or '.join(_SCALARS[kind] for kind in kinds)}")

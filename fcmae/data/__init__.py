@@ -1,0 +1,1 @@
+"""Images in: sources, transforms, and the Lightning data modules that join them."""

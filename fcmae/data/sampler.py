@@ -1,0 +1,64 @@
+"""The order of samples, a function of (seed, epoch), and the place in it where a resumed run goes on."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from fcmae.data.dataset import mix_seed
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index) keys: a new random order every epoch, cut into equal shares for the ranks.
+
+    The order is that of *global batches* of `batch_size * world_size * accumulate` samples; what does not fill the
+    last one is left out of the epoch. Micro-batch m of rank r in a global batch is the slice of `batch_size` samples
+    at (m * world_size + r) * batch_size.
+
+    Args:
+        size: number of samples.
+        batch_size: samples per rank and micro-batch.
+        accumulate: micro-batches per optimiser step.
+        rank: of this process.
+        world_size: number of processes.
+        seed: of the order.
+        steps_done: optimiser steps that a resumed run has behind it; the first pass starts there.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        steps_done: int = 0,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.steps_per_epoch = size // (batch_size * world_size * accumulate)
+        self.first_epoch, self.first_step = divmod(steps_done, self.steps_per_epoch)
+        self.epoch = self.first_epoch
+
+    def __len__(self) -> int:
+        """Samples of this rank in a whole epoch."""
+        return self.steps_per_epoch * self.accumulate * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        order = order[: self.steps_per_epoch * self.accumulate * self.world_size * self.batch_size]
+        mine = order.view(-1, self.world_size, self.batch_size)[:, self.rank]  # (micro-batches, batch_size)
+        start = self.first_step * self.accumulate if self.epoch == self.first_epoch else 0
+        for index in mine[start:].flatten().tolist():
+            yield self.epoch, index

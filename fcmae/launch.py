@@ -1,0 +1,140 @@
+"""What every entry point shares: finding the configs, `+model=tiny` and `model=tiny` alike, and clear errors."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fcmae.config_check import check_config, closest, mandatory
+from fcmae.errors import UserError
+
+
+def run(verb: str, task: Callable[[DictConfig], None]) -> None:
+    """Runs `task` with the configuration that the command line asks for; the body of `python -m fcmae.<verb>`.
+
+    What the user can mend is told in one line on standard error, with exit code 2.
+    """
+    # So that Hydra's own errors come here instead of being printed in its own way, over several lines.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    folder = config_folder()
+    sys.argv[1:] = normalize(sys.argv[1:], verb, folder)
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            mandatory(config, folder)
+            check_config(config, known=_keys(folder / f"{verb}.yaml"))
+            task(config)
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            _fail(f"cannot write {error.filename}: {error.strerror}; free space or mend permissions there")
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
+    except MissingConfigException as error:
+        _fail(_unknown_choice(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_unknown_key(error, verb, folder))
+
+
+def build(node: DictConfig, **overrides: Any) -> Any:
+    """Hydra's instantiate, with our own errors coming out as they are."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **overrides)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise UserError(f"{node.get('_target_', 'a choice')} needs a package: {error.__cause__}") from error
+        raise
+
+
+def config_folder() -> Path:
+    """Where the YAML files are: inside an installed package, else beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise UserError(f"the configs are neither in {package} nor beside it: install fcmae again")
+
+
+def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
+    """Gives every choice of a config group the form that Hydra wants; doing it twice changes nothing.
+
+    Groups that stand in the verb's defaults list are overridden (`data=folder`), the others added (`+model=tiny`).
+    """
+    defaults = yaml.safe_load((folder / f"{verb}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    listed = {str(group) for entry in defaults if isinstance(entry, dict) for group in entry}
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+
+    def form(argument: str) -> str:
+        group, equals, choice = argument.partition("=")
+        group = group.removeprefix("+")
+        if not equals or group not in groups:
+            return argument
+        return f"{'' if group in listed else '+'}{group}={choice}"
+
+    return [form(argument) for argument in arguments]
+
+
+def _keys(file: Path) -> set[str]:
+    body = yaml.safe_load(file.read_text(encoding="utf-8"))
+    groups = {str(group) for entry in body.get("defaults", []) if isinstance(entry, dict) for group in entry}
+    return (set(body) | groups) - {"defaults"}
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    wanted = error.missing_cfg_file or ""
+    group, _, choice = wanted.rpartition("/")
+    options = [option for option in error.options or [] if not option.startswith("_")]
+    if not options:
+        return str(error).splitlines()[0]
+    return f"{group}={choice} is not one of {', '.join(options)}{closest(choice, options)}"
+
+
+def _unknown_key(error: Exception, verb: str, folder: Path) -> str:
+    message = str(error)
+    found = re.search(r"Could not override '([^']+)'", message)
+    if isinstance(error, ConfigCompositionException) and found:
+        key = found.group(1)
+        known = _all_keys(verb, folder, without=key)
+        if key not in known:
+            return f"{key} is not an option{closest(key, known)}"
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def _all_keys(verb: str, folder: Path, without: str) -> list[str]:
+    """The dotted names of all options, as composed from the other arguments."""
+    kept = [
+        argument for argument in sys.argv[1:] if "=" in argument and argument.partition("=")[0].lstrip("+~") != without
+    ]
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            config = hydra.compose(verb, overrides=[argument for argument in kept if not argument.startswith("hydra")])
+    except Exception:  # another argument is wrong as well; then there is no hint
+        return []
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not isinstance(node, dict):
+            return [prefix]
+        return [prefix, *(name for key, value in node.items() for name in walk(value, f"{prefix}.{key}".lstrip(".")))]
+
+    return walk(OmegaConf.to_container(config, resolve=False), "")[1:]
+
+
+def _fail(message: str) -> NoReturn:
+    # An error of a data loader's worker arrives with the worker's traceback around it; its last line is the message.
+    line = message.strip().splitlines()[-1].removeprefix("fcmae.errors.UserError: ")
+    print(f"fcmae: {line}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)

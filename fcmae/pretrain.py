@@ -1,0 +1,136 @@
+"""`python -m fcmae.pretrain +model=tiny`: masked-autoencoder pre-training."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fcmae.checkpoints.format import describe
+from fcmae.config_check import check_choice, check_whole
+from fcmae.data.datamodule import ImageDataModule
+from fcmae.errors import UserError
+from fcmae.launch import build, run
+from fcmae.training import report
+from fcmae.training.callbacks.broken_images import BrokenImages
+from fcmae.training.callbacks.checkpoints import Checkpoints, RunInterrupted
+from fcmae.training.callbacks.finite_loss import FiniteLoss
+from fcmae.training.callbacks.progress import ProgressBar
+from fcmae.training.callbacks.reconstructions import Reconstructions
+from fcmae.training.callbacks.throughput import Throughput
+from fcmae.training.checkpoint_io import AtomicCheckpointIO
+from fcmae.training.console import messages, open_console
+from fcmae.training.geometry import choose_precision, set_accumulation
+from fcmae.training.loggers import start_loggers, wandb_run_id
+from fcmae.training.module import PretrainModule
+from fcmae.training.run_folder import RunFolder
+
+
+def pretrain(config: DictConfig) -> None:
+    """Runs, or goes on with, the pre-training that a configuration describes.
+
+    Everything is built and checked before the run's folder is touched, so that a mistake leaves nothing half-written.
+
+    Args:
+        config: as composed from `configs/pretrain.yaml`.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    _check(config)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    folder, console = RunFolder(Path(config.run_dir)), open_console()
+    start_over = config.resume == "never"
+    if not start_over:
+        folder.check_same(plain)
+        if folder.is_finished():
+            with messages(console, log_file=folder.log):
+                report.already_finished(folder)
+            return
+    checkpoint = None if start_over else folder.newest_checkpoint()
+
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data: ImageDataModule = build(config.data)
+    data.split()  # finds the images, or says that there are none
+    module = PretrainModule(
+        model=build(config.model), optim=build(config.optim), seed=config.seed, description=describe(plain)
+    )
+    trainer = _trainer(config, folder, data, console)
+    module.effective_batch = set_accumulation(
+        trainer, batch_size=data.batch_size, effective_batch=config.effective_batch
+    )
+    data.check_enough(module.effective_batch)
+    if config.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if config.compile:
+        module.model.encoder.compile()
+        module.model.decoder.compile()
+
+    if trainer.is_global_zero:
+        if start_over:
+            folder.set_aside()
+        folder.create(plain, list(HydraConfig.get().overrides.task))
+    with messages(console, log_file=folder.log if trainer.is_global_zero else None):
+        if "wandb" in config.logger:
+            config.logger.wandb.id = config.logger.wandb.id or wandb_run_id(folder.path)
+        trainer.loggers = start_loggers(list(build(config.logger).values()), folder)
+        report.start(folder, module, data, trainer, checkpoint)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except RunInterrupted:
+            report.interrupted(trainer.global_step)
+            raise SystemExit(130) from None
+        report.end(folder, trainer)
+
+
+def _trainer(config: DictConfig, folder: RunFolder, data: ImageDataModule, console: Console) -> L.Trainer:
+    throughput, finite_loss = Throughput(), FiniteLoss()
+    callbacks = [
+        throughput,
+        finite_loss,
+        BrokenImages(file=folder.skipped, images=len(data.source), max_broken=data.max_broken),
+        ProgressBar(throughput=throughput, console=console),
+        Reconstructions(folder=folder.images, pictures=config.pictures),
+        Checkpoints(
+            folder=folder.checkpoints,
+            exported=folder.exported,
+            every_n_steps=config.checkpoint.every_n_steps,
+            keep=config.checkpoint.keep,
+            finite_loss=finite_loss,
+        ),
+    ]
+    try:
+        trainer: L.Trainer = build(
+            config.trainer,
+            precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            default_root_dir=str(folder.path),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"the trainer refuses its options: {str(error).splitlines()[0]}") from error
+    return trainer
+
+
+def _check(config: DictConfig) -> None:
+    for name in ("epochs", "checkpoint.every_n_steps", "checkpoint.keep"):
+        check_whole(config, name, least=1)
+    for name in ("seed", "pictures"):
+        check_whole(config, name, least=0)
+    if config.effective_batch is not None:
+        check_whole(config, "effective_batch", least=1)
+    check_choice(config, "resume", ("auto", "never"))
+    check_choice(config, "channels_last", (True, False))
+    check_choice(config, "compile", (True, False))
+
+
+if __name__ == "__main__":
+    run("pretrain", pretrain)

@@ -1,0 +1,1 @@
+"""Lightning modules, optimisation, callbacks, and the folder that a run lives in."""

@@ -1,0 +1,62 @@
+"""Counts and names the images that could not be read."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from fcmae.data.source import Batch
+from fcmae.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class BrokenImages(L.Callback):
+    """Names every skipped image once, in the log and in a file, and stops the run when they are too many.
+
+    Args:
+        file: JSON lines with the image's id and the reason.
+        images: number of images of the source.
+        max_broken: share of them at which the run stops; a single one never does.
+
+    Raises, from the hooks:
+        UserError: more than `max_broken` of the images are broken.
+    """
+
+    def __init__(self, *, file: Path, images: int, max_broken: float) -> None:
+        self.file = file
+        self.images = images
+        self.max_broken = max_broken
+        self._seen: set[str] = set()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._note(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._note(batch)
+
+    def _note(self, batch: Batch) -> None:
+        for sample_id, reason in batch.broken:
+            if sample_id in self._seen:
+                continue
+            self._seen.add(sample_id)
+            log.warning("skipped %s: %s", sample_id, reason)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
+        if len(self._seen) > max(1, self.max_broken * self.images):
+            raise UserError(
+                f"{len(self._seen)} of {self.images} images cannot be read (data.max_broken={self.max_broken}): "
+                f"see {self.file}, then mend or remove them, or raise data.max_broken"
+            )

@@ -1,0 +1,55 @@
+"""Pictures of what the model reconstructs, on images and masks that stay the same over the run."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from fcmae.data.datamodule import ImageDataModule
+from fcmae.data.source import Batch
+from fcmae.evaluation.reconstruction import picture, reconstruct, save_png
+from fcmae.masking import Mask
+from fcmae.training.module import PretrainModule
+
+
+class Reconstructions(L.Callback):
+    """Writes `images/epoch=...-step=....png` and `images/latest.png` after validation, with the first held-out images.
+
+    Args:
+        folder: where the pictures go.
+        pictures: about how many over the whole run; 0 for none.
+        images: how many images in a picture.
+    """
+
+    def __init__(self, *, folder: Path, pictures: int, images: int = 6) -> None:
+        self.folder = folder
+        self.pictures = pictures
+        self.images = images
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or not trainer.is_global_zero or not self._due(trainer):
+            return
+        assert isinstance(pl_module, PretrainModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ImageDataModule)
+        mask = pl_module.fixed_mask(batch.images, batch_idx)
+        mask = Mask(mask.visible[: self.images], mask.index[: self.images])
+        reconstruction = reconstruct(pl_module.model, batch.images[: self.images], mask)
+        image = picture(reconstruction, data.mean, data.std)
+        save_png(image, self.folder / f"epoch={trainer.current_epoch + 1:04d}-step={trainer.global_step:08d}.png")
+        save_png(image, self.folder / "latest.png")
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        if not self.pictures or trainer.sanity_checking:
+            return False
+        every = max(1, (trainer.max_epochs or 1) // self.pictures)
+        last = trainer.global_step >= int(trainer.estimated_stepping_batches)
+        return last or trainer.current_epoch % every == 0

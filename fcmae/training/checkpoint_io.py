@@ -1,0 +1,33 @@
+"""How Lightning's checkpoints reach the disk and come back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from fcmae.files import atomic_writer
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint writer, atomic down to the disk, and a reader that does not unpickle."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes `checkpoint` to `path`.
+
+        Raises:
+            UserError: it cannot be written; earlier checkpoints are untouched.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(Path(path)) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch reports a failed write so; ask the file for the reason
+                cause = error.__context__
+                raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads `path`, plain data only."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint

@@ -1,0 +1,88 @@
+"""The Lightning module of pre-training."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fcmae.data.dataset import mix_seed
+from fcmae.data.source import Batch
+from fcmae.evaluation.trivial import trivial_losses
+from fcmae.masking import Mask
+from fcmae.models.fcmae import FCMAE
+from fcmae.training.optimization import AdamW
+
+
+class PretrainModule(L.LightningModule):
+    """Trains an FCMAE; a step is a function of the weights, the batch, the seed and the step's number.
+
+    Args:
+        model: the masked autoencoder.
+        optim: optimiser and schedule.
+        seed: of masks and drop path.
+        description: how the model and its input are made, as plain data; goes into every checkpoint.
+
+    Attributes:
+        effective_batch: images per optimiser step, over accumulation, devices and nodes; to be set before the fit.
+    """
+
+    def __init__(self, *, model: FCMAE, optim: AdamW, seed: int, description: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.seed = seed
+        self.description = description
+        self.effective_batch = 0
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # So a resumed run draws the masks that it would have drawn: no state to save, none to lose.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(mix_seed(self.seed, self.global_step, micro_batch, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss on a batch with freshly drawn masks."""
+        loss: Tensor = self.model(batch.images).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss on held-out images with masks that stay the same, beside what trivial predictors reach."""
+        mask = self.fixed_mask(batch.images, batch_idx)
+        trivial = trivial_losses(self.model.target, batch.images, mask, self.model.masking.patch_size)
+        losses = {
+            "val_loss": self.model(batch.images, mask).loss,
+            "val_loss_patch_mean": trivial.mean,
+            "val_loss_nearest_patch": trivial.nearest,
+        }
+        self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch.images))
+
+    def fixed_mask(self, images: Tensor, batch_idx: int) -> Mask:
+        """The mask of a batch of fixed images, drawn on the CPU: the same in every run, on every device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(0, batch_idx))
+            return self.model.masking(images.cpu()).to(images.device)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with its rate set before every step."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup_steps = (
+            self.optim.warmup_epochs * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        )
+        peak = self.optim.peak_lr(self.effective_batch)
+        optimizer = self.optim.optimizer(self.model, lr=peak)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: (
+                self.optim.lr_at(step, peak=peak, steps=steps, warmup_steps=warmup_steps) / peak if peak else 0.0
+            ),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fcmae"] = self.description

@@ -1,0 +1,80 @@
+"""What a run tells at its start and its end."""
+
+import json
+import logging
+from pathlib import Path
+
+import lightning as L
+
+from fcmae.data.datamodule import ImageDataModule
+from fcmae.data.digits import DigitsDataModule
+from fcmae.files import write_text
+from fcmae.training.module import PretrainModule
+from fcmae.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def start(
+    folder: RunFolder, module: PretrainModule, data: ImageDataModule, trainer: L.Trainer, checkpoint: Path | None
+) -> None:
+    """Says what is about to happen, with the numbers that follow from the machine."""
+    model, optim = module.model, module.optim
+    train, held_out = data.split()
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.decoder))
+    height, width = data.size
+    if isinstance(data, DigitsDataModule):
+        log.info(
+            "This is demonstration data. For your own images add data=folder data.path=DIR; "
+            "for the published recipe also experiment=fcmae."
+        )
+    log.info("model: encoder %.1f M parameters, decoder %.1f M", encoder, decoder)
+    log.info("data: %d images to train on, %d held out, %dx%d px", len(train), len(held_out), height, width)
+    log.info(
+        "batch: %d images per step = %d per device x %d devices x %d nodes x %d accumulated",
+        module.effective_batch,
+        data.batch_size,
+        trainer.num_devices,
+        trainer.num_nodes,
+        trainer.accumulate_grad_batches,
+    )
+    log.info(
+        "learning rate: %.3g = %.3g x %d / 256, warm-up over %g epochs, then a cosine to %g",
+        optim.peak_lr(module.effective_batch),
+        optim.base_lr,
+        module.effective_batch,
+        optim.warmup_epochs,
+        optim.min_lr,
+    )
+    log.info("device: %s, precision %s", trainer.accelerator.__class__.__name__, trainer.precision)
+    log.info("run folder: %s", folder.path)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+
+
+def end(folder: RunFolder, trainer: L.Trainer) -> None:
+    """Notes that the run is finished, and says where everything is and what to type next."""
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if "loss" in name}
+    write_text(folder.summary, json.dumps({"steps": trainer.global_step, **metrics}, indent=2) + "\n")
+    log.info("finished after %d steps", trainer.global_step)
+    _say_where(folder)
+
+
+def already_finished(folder: RunFolder) -> None:
+    """For a command that is typed again after its run has ended."""
+    log.info("this run is finished: %s", folder.summary.read_text(encoding="utf-8").replace("\n", " "))
+    _say_where(folder)
+
+
+def interrupted(step: int) -> None:
+    """After Ctrl-C."""
+    log.info("interrupted after %d steps, which are saved; the same command goes on from there", step)
+
+
+def _say_where(folder: RunFolder) -> None:
+    log.info("pictures:   %s", folder.images / "latest.png")
+    log.info("checkpoint: %s", folder.checkpoints / "last.ckpt")
+    log.info("encoder:    %s (timm's names)", folder.exported / "encoder.safetensors")
+    log.info("next, in Python: model = fcmae.load(%r)", str(folder.path))
