@@ -38,9 +38,9 @@ def check_config(config: DictConfig, known: set[str]) -> None:
     Raises:
         UserError: an option that nothing takes, or one of the wrong kind.
     """
-    for key in config:
-        if str(key) not in known:
-            raise UserError(f"{key} is not an option{closest(str(key), known)}")
+    for key in map(str, config):
+        if key not in known:
+            raise UserError(f"{key} is not an option{closest(key, known)}")
     for name, node in _targets(OmegaConf.to_container(config, resolve=True), ""):
         if str(node["_target_"]).startswith("fcmae."):
             _check_node(name, node)

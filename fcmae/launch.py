@@ -49,14 +49,21 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
 
 
 def build(node: DictConfig, **overrides: Any) -> Any:
-    """Hydra's instantiate, with our own errors coming out as they are."""
+    """Hydra's instantiate, with our own errors coming out as they are.
+
+    Raises:
+        UserError: ours; a package that is missing; options that another library's class refuses.
+    """
     try:
         return hydra.utils.instantiate(node, _convert_="all", **overrides)
     except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            raise UserError(f"{node.get('_target_', 'a choice')} needs a package: {error.__cause__}") from error
+        cause, target = error.__cause__, str(node.get("_target_", ""))
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise UserError(f"{target or 'a choice'} needs a package: {cause}") from error
+        if cause is not None and not target.startswith("fcmae."):
+            raise UserError(f"{target} refuses its options: {str(cause).splitlines()[0]}") from error
         raise
 
 
@@ -110,7 +117,8 @@ def _unknown_key(error: Exception, verb: str, folder: Path) -> str:
         key = found.group(1)
         known = _all_keys(verb, folder, without=key)
         if key not in known:
-            return f"{key} is not an option{closest(key, known)}"
+            beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+            return f"{key} is not an option{closest(key, beside)}"
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 

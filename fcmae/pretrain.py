@@ -6,14 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fcmae.checkpoints.format import describe
+from fcmae.checkpoints.format import describe, read_checkpoint
 from fcmae.config_check import check_choice, check_whole
 from fcmae.data.datamodule import ImageDataModule
-from fcmae.errors import UserError
 from fcmae.launch import build, run
 from fcmae.training import report
 from fcmae.training.callbacks.broken_images import BrokenImages
@@ -56,6 +54,7 @@ def pretrain(config: DictConfig) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     data: ImageDataModule = build(config.data)
     data.split()  # finds the images, or says that there are none
+    data.steps_done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     module = PretrainModule(
         model=build(config.model), optim=build(config.optim), seed=config.seed, description=describe(plain)
     )
@@ -103,20 +102,17 @@ def _trainer(config: DictConfig, folder: RunFolder, data: ImageDataModule, conso
             finite_loss=finite_loss,
         ),
     ]
-    try:
-        trainer: L.Trainer = build(
-            config.trainer,
-            precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            default_root_dir=str(folder.path),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"the trainer refuses its options: {str(error).splitlines()[0]}") from error
+    trainer: L.Trainer = build(
+        config.trainer,
+        precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        default_root_dir=str(folder.path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     return trainer
 
 

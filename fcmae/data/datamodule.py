@@ -35,6 +35,9 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: processes that read images; `auto` is up to 8, within the cores of this process.
         max_broken: share of unreadable images at which the run stops; a single one never stops it.
         seed: of order and crops.
+
+    Attributes:
+        steps_done: optimiser steps that a resumed run has behind it; to be set before the fit.
     """
 
     image_size: int | Sequence[int]
@@ -53,6 +56,7 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         self._check()
         self._loaded: Source | None = None
+        self.steps_done = 0
 
     @abstractmethod
     def load_source(self) -> Source:
@@ -117,7 +121,8 @@ class ImageDataModule(L.LightningDataModule):
                 rank=trainer.global_rank if trainer else 0,
                 world_size=world_size,
                 seed=self.seed,
-                steps_done=trainer.global_step if trainer else 0,
+                steps_done=self.steps_done,
+                max_steps_per_epoch=_whole_steps(trainer) if trainer else None,
             ),
         )
 
@@ -168,6 +173,12 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.num_workers={self.num_workers!r} must be a number from 0, or auto")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"data.max_broken={self.max_broken} must be a share in [0, 1]")
+
+
+def _whole_steps(trainer: L.Trainer) -> int | None:
+    """Optimiser steps to which `trainer.limit_train_batches=N` shortens an epoch."""
+    limit = trainer.limit_train_batches
+    return max(1, limit // trainer.accumulate_grad_batches) if isinstance(limit, int) else None
 
 
 def _usable_cores() -> int:

@@ -23,6 +23,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world_size: number of processes.
         seed: of the order.
         steps_done: optimiser steps that a resumed run has behind it; the first pass starts there.
+        max_steps_per_epoch: leave an epoch after so many steps.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world_size: int = 1,
         seed: int = 0,
         steps_done: int = 0,
+        max_steps_per_epoch: int | None = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -43,6 +45,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.seed = seed
         self.steps_per_epoch = size // (batch_size * world_size * accumulate)
+        if max_steps_per_epoch is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch)
         self.first_epoch, self.first_step = divmod(steps_done, self.steps_per_epoch)
         self.epoch = self.first_epoch
 

@@ -64,7 +64,9 @@ def end(folder: RunFolder, trainer: L.Trainer) -> None:
 
 def already_finished(folder: RunFolder) -> None:
     """For a command that is typed again after its run has ended."""
-    log.info("this run is finished: %s", folder.summary.read_text(encoding="utf-8").replace("\n", " "))
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    log.info("this run is finished: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
+    log.info("for another one give another run_name, or resume=never to start over")
     _say_where(folder)
 
 
@@ -74,7 +76,11 @@ def interrupted(step: int) -> None:
 
 
 def _say_where(folder: RunFolder) -> None:
-    log.info("pictures:   %s", folder.images / "latest.png")
-    log.info("checkpoint: %s", folder.checkpoints / "last.ckpt")
-    log.info("encoder:    %s (timm's names)", folder.exported / "encoder.safetensors")
+    for what, file in (
+        ("pictures:   %s", folder.images / "latest.png"),
+        ("checkpoint: %s", folder.checkpoints / "last.ckpt"),
+        ("encoder:    %s (timm's names)", folder.exported / "encoder.safetensors"),
+    ):
+        if file.exists():
+            log.info(what, file)
     log.info("next, in Python: model = fcmae.load(%r)", str(folder.path))

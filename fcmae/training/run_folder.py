@@ -17,7 +17,16 @@ from fcmae.errors import UserError
 from fcmae.files import write_text
 
 # What may differ when a run goes on: it changes how the run is watched or fed, not what it computes.
-FREE_TO_CHANGE = ("resume", "logger", "pictures", "checkpoint", "data.num_workers", "data.max_broken")
+FREE_TO_CHANGE = (
+    "resume",
+    "run_name",
+    "run_dir",
+    "logger",
+    "pictures",
+    "checkpoint",
+    "data.num_workers",
+    "data.max_broken",
+)
 
 
 class RunFolder:
@@ -92,6 +101,8 @@ class RunFolder:
             raise UserError(
                 f"cannot write the run folder {self.path}: {error.strerror}; name another with run_dir=..."
             ) from error
+        for leftover in self.path.glob("**/.*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
         write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(overrides))
         write_text(self.environment, json.dumps(_environment(), indent=2) + "\n")

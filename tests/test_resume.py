@@ -1,0 +1,209 @@
+"""A run that stops anywhere goes on as if it had not: the same batches, the same weights, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fcmae
+from fcmae import launch
+from fcmae.pretrain import pretrain
+from fcmae.training.module import PretrainModule
+
+MICRO = [
+    "+model=custom",
+    "model.depths=[1,1,1,1]",
+    "model.dims=[8,8,16,16]",
+    "model.decoder_dim=16",
+    "model.drop_path_rate=0.3",
+    "data=folder",
+    "data.image_size=64",
+    "data.batch_size=8",
+    "data.val_images=8",
+    "optim.warmup_epochs=1",
+    "epochs=3",
+    "trainer=cpu",
+    "checkpoint.every_n_steps=1",
+    "checkpoint.keep=1000",
+    "pictures=0",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(generator.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Records (sample ids, loss) of every training step."""
+    recorded: list[Any] = []
+    training_step = PretrainModule.training_step
+
+    def recording(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = training_step(self, batch, batch_idx)
+        recorded.append((batch.sample_ids, loss.item()))
+        return loss
+
+    monkeypatch.setattr(PretrainModule, "training_step", recording)
+    return recorded
+
+
+def train(run: Path, images: Path, *options: str) -> None:
+    sys.argv = ["pretrain", *MICRO, f"data.path={images}", f"run_dir={run}", *options]
+    launch.run("pretrain", pretrain)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return {**checkpoint["state_dict"], **flat_optimizer(checkpoint["optimizer_states"][0])}
+
+
+def flat_optimizer(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("epoch=*.ckpt"))
+
+
+def stopped_after(reference: Path, copy: Path, step: int) -> None:
+    """Copies a finished run to what it was after `step` steps."""
+    shutil.copytree(reference, copy)
+    (copy / "summary.json").unlink()
+    (copy / "checkpoints" / "last.ckpt").unlink()
+    for file in checkpoints(copy)[step:]:
+        file.unlink()
+
+
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 2)])
+def test_resuming_after_any_step_changes_nothing(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch, accumulate: int, workers: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    options = [f"trainer.accumulate_grad_batches={accumulate}", f"data.num_workers={workers}"]
+    train(tmp_path / "reference", images, *options)
+    reference, all_steps = weights(tmp_path / "reference"), list(steps)
+    total = len(checkpoints(tmp_path / "reference"))
+    assert total == 12 // accumulate  # 32 training images, 3 epochs
+    for step in range(1, total):
+        steps.clear()
+        run = tmp_path / f"stopped_after_{step}"
+        stopped_after(tmp_path / "reference", run, step)
+        train(run, images, *options)
+        assert steps == all_steps[step * accumulate :]
+        resumed = weights(run)
+        assert resumed.keys() == reference.keys()
+        assert all(torch.equal(resumed[name], reference[name]) for name in reference)
+
+
+def test_every_step_is_logged_once(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    options = ["trainer.log_every_n_steps=1", "data.num_workers=0"]
+    train(tmp_path / "reference", images, *options)
+    stopped_after(tmp_path / "reference", tmp_path / "run", step=5)
+    train(tmp_path / "run", images, *options)
+
+    def logged(run: Path) -> list[Any]:
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
+
+    assert logged(tmp_path / "run") == logged(tmp_path / "reference")
+    assert [step for step, _ in logged(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_another_seed_draws_other_batches(tmp_path: Path, images: Path, steps: list[Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    train(tmp_path / "a", images, "data.num_workers=0", "epochs=1")
+    train(tmp_path / "b", images, "data.num_workers=0", "epochs=1", "seed=1")
+    assert steps[:4] != steps[4:]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    options = ["data.num_workers=0", "checkpoint.every_n_steps=1000"]
+    train(tmp_path / "reference", images, *options)
+    all_steps = list(steps)
+    steps.clear()
+    recording = PretrainModule.training_step
+
+    def interrupting(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return recording(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", interrupting)
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "run", images, *options)
+    assert stop.value.code == 130
+    assert [file.name for file in checkpoints(tmp_path / "run")] == ["epoch=0002-step=00000006.ckpt"]
+    assert "interrupted after 6 steps" in (tmp_path / "run" / "train.log").read_text()
+    train(tmp_path / "run", images, *options)
+    assert steps == all_steps
+    assert all(
+        torch.equal(value, weights(tmp_path / "run")[name]) for name, value in weights(tmp_path / "reference").items()
+    )
+
+
+def test_a_kill_during_a_write_leaves_a_loadable_checkpoint(tmp_path: Path, images: Path) -> None:
+    """In a process of its own, which kills itself when half of the third checkpoint is on the disk."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        """
+import os, signal, sys, torch
+from fcmae import launch
+from fcmae.pretrain import pretrain
+
+save, saves = torch.save, []
+
+def killed_in_the_third(checkpoint, file):
+    saves.append(file)
+    save(checkpoint, file)
+    if len(saves) == 3:
+        file.truncate(file.tell() // 2)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed_in_the_third
+launch.run("pretrain", pretrain)
+"""
+    )
+    options = [*MICRO, f"data.path={images}", f"run_dir={tmp_path / 'run'}", "data.num_workers=0"]
+    killed = subprocess.run([sys.executable, script, *options], capture_output=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left[0].startswith(".epoch=0001-step=00000003.ckpt")  # the half-written one
+    assert left[1:] == ["epoch=0001-step=00000001.ckpt", "epoch=0001-step=00000002.ckpt", "last.ckpt"]
+    assert not fcmae.load(tmp_path / "run").training
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+
+
+def test_a_truncated_checkpoint_is_passed_over(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    train(tmp_path / "reference", images, "data.num_workers=0")
+    all_steps = list(steps)
+    steps.clear()
+    stopped_after(tmp_path / "reference", tmp_path / "run", step=6)
+    newest = checkpoints(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    train(tmp_path / "run", images, "data.num_workers=0")
+    assert steps == all_steps[5:]
