@@ -18,6 +18,7 @@ _NOT_FOR_USERS = (
     r".*Checkpoint directory .* exists.*",
     r".*lr_scheduler.step\(\).*optimizer.step\(\).*",
     r".*TF32.*",
+    r"Grad strides do not match bucket view strides.*",
 )
 
 

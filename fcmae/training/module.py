@@ -47,6 +47,7 @@ class PretrainModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("lr", optimizer.param_groups[0]["lr"])
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
