@@ -91,7 +91,7 @@ class RandomMask:
         if count < 1:
             raise UserError(
                 f"mask_ratio={self.mask_ratio} leaves none of {patches} patches visible: "
-                f"use a ratio below {1 - 1 / patches:.4g} or larger images"
+                + (f"use a ratio below {1 - 1 / patches:.4g} or larger images" if patches > 1 else "use larger images")
             )
         return count
 

@@ -43,7 +43,8 @@ def _gather(x: Tensor, mask: Mask) -> Tensor:
     image = torch.arange(batch, device=x.device)[:, None]
     patches = x.permute(0, 2, 3, 1).reshape(batch, h, p, w, p, channels)
     tokens = patches[image, rows, :, columns]  # (B, V, p, p, C)
-    return tokens.flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, V*p, p)
+    # Indexing a channels-first image leaves the tokens in its order; in channels-last memory this copies nothing.
+    return tokens.flatten(1, 2).contiguous().permute(0, 3, 1, 2)  # (B, C, V*p, p)
 
 
 def _scatter(x: Tensor, mask: Mask) -> Tensor:

@@ -9,7 +9,7 @@ from timm.models.convnext import ConvNeXt
 
 from fcmae.errors import UserError
 from fcmae.masking import Masking, RandomMask, patch_grid
-from fcmae.models.block import GRNScope
+from fcmae.models.block import GRNScope, initialize
 from fcmae.models.decoder import Decoder
 from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE
@@ -63,8 +63,7 @@ def create_model(
         UserError: an unknown size, or a value out of its bounds.
     """
     net = _convnext(size, depths, dims, in_chans, drop_path_rate)
-    if grn_scope not in ("image", "batch"):
-        raise UserError(f"grn_scope={grn_scope!r} is unknown: use 'image' or 'batch'")
+    initialize(net)
     if decoder_depth < 0 or decoder_dim < 1:
         raise UserError(f"decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: use a depth from 0, a width from 1")
     masking = masking or RandomMask(mask_ratio=mask_ratio, patch_size=patch_size)
@@ -106,7 +105,10 @@ def _convnext(
 
 
 def _check_image_size(image_size: int | Sequence[int], masking: Masking) -> None:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2:
+        raise UserError(f"image_size={list(sides)} must be one side or two, [height, width]")
+    height, width = sides
     h, w = patch_grid(height, width, masking.patch_size)
     if isinstance(masking, RandomMask) and masking.visible_count(h * w) == h * w:
         raise UserError(

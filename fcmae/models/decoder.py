@@ -5,7 +5,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn, where, zeros
 
 from fcmae.masking import Mask
-from fcmae.models.block import convnext_block
+from fcmae.models.block import convnext_block, initialize
 from fcmae.packing import unpack
 
 
@@ -27,11 +27,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(zeros(1, dim, 1, 1))
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth))
         self.pred = nn.Conv2d(dim, out_channels, kernel_size=1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialize(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, packed: Tensor, mask: Mask) -> Tensor:

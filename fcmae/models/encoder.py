@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import get_engine
+from fcmae.errors import UserError
 from fcmae.masking import Mask
 from fcmae.models.block import GRNScope, convnext_block
 from fcmae.packing import pack
@@ -25,6 +26,9 @@ class Encoder(nn.Module):
         engine: name of the engine, see `fcmae.engines`.
         grn_scope: `image`, or `batch` to reproduce the original PyTorch code.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: an unknown engine or scope.
     """
 
     stride = 32
@@ -38,6 +42,8 @@ class Encoder(nn.Module):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if grn_scope not in ("image", "batch"):
+            raise UserError(f"grn_scope={grn_scope!r} is unknown: use 'image' or 'batch'")
         self.net = net
         self.net.head.requires_grad_(False)
         self.depthwise = get_engine(engine)
