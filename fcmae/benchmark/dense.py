@@ -1,0 +1,101 @@
+"""The baseline of every speed-up: the masked dense network, in plain PyTorch.
+
+The paper's JAX code runs the whole map through dense layers and multiplies by the mask (paper section 3.1, "before and
+after the dense convolution"). It gives the same numbers as the packed network and does all the arithmetic.
+
+Shapes: B images, C channels, (H, W) positions of the full map at this depth of the network.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fcmae.masking import Mask
+from fcmae.models.block import GRNScope
+from fcmae.models.encoder import Encoder
+from fcmae.models.fcmae import FCMAE
+from fcmae.packing import pack
+
+
+class MaskedDenseEncoder(Encoder):
+    """Takes the place of `Encoder`: same parameters, same state dict, same output, but computed on full-size maps.
+
+    timm's own layers do the work. Features are multiplied by the mask before and after every depthwise convolution
+    and before GRN, whose statistics are those of the visible positions. As quick as plain PyTorch makes it: no copies,
+    GRN as one fused multiply-add, channels-last if the weights and images are.
+
+    Args:
+        net: timm's ConvNeXt with stem stride 4.
+        grn_scope: `image` or `batch`, as in `Encoder`.
+        grad_checkpointing: recompute each block in the backward pass, as in `Encoder`.
+    """
+
+    def __init__(self, net: ConvNeXt, *, grn_scope: GRNScope = "image", grad_checkpointing: bool = False) -> None:
+        super().__init__(net, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing)
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
+        x = self.net.stem(images)  # (B, C1, H/4, W/4)
+        for stage in self.net.stages:
+            x = stage.downsample(x)
+            seen = _seen(x, mask)
+            for block in stage.blocks:
+                run = partial(_masked_block, block, seen=seen, grn_scope=self.grn_scope)
+                x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
+        return pack(self.net.norm_pre(x), mask)
+
+
+def as_dense(model: FCMAE) -> FCMAE:
+    """The same model with a copy of its weights and the masked dense encoder; `model` is left as it is."""
+    parts = copy.deepcopy(model)
+    encoder = MaskedDenseEncoder(
+        parts.encoder.net,
+        grn_scope=parts.encoder.grn_scope,
+        grad_checkpointing=parts.encoder.grad_checkpointing,
+    )
+    dense = FCMAE(encoder=encoder, decoder=parts.decoder, masking=parts.masking, target=parts.target)
+    return dense.train(model.training)
+
+
+def _seen(x: Tensor, mask: Mask) -> Tensor:
+    """(B, 1, H, W): 1 where the map x (B, C, H, W) is visible, else 0."""
+    p = x.shape[2] // mask.grid[0]
+    seen = mask.visible.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)  # (B, H, W)
+    return seen[:, None].to(x.dtype)
+
+
+def _masked_block(block: Any, x: Tensor, seen: Tensor, grn_scope: GRNScope) -> Tensor:
+    """One ConvNeXt block, V1 or V2: (B, C, H, W) -> (B, C, H, W); hidden positions of the result mean nothing."""
+    y = block.conv_dw(_times(x, seen))
+    y = _times(y, seen)
+    if not block.use_conv_mlp:  # timm's small sizes have 1x1 convolutions, the others linear layers
+        y, seen = y.permute(0, 2, 3, 1), seen.permute(0, 2, 3, 1)  # (B, H, W, C)
+    y = block.mlp.act(block.mlp.fc1(block.norm(y)))  # 4C channels
+    if hasattr(block.mlp, "grn"):  # V1 has none
+        y = _masked_grn(block.mlp.grn, y, seen, grn_scope)
+    y = block.mlp.fc2(y)
+    if not block.use_conv_mlp:
+        y = y.permute(0, 3, 1, 2)  # (B, C, H, W)
+    if block.gamma is not None:
+        y = y * block.gamma.view(1, -1, 1, 1)
+    return x + block.drop_path(y)
+
+
+def _masked_grn(grn: Any, x: Tensor, seen: Tensor, scope: GRNScope) -> Tensor:
+    """GRN whose norms are over the visible positions; x in whatever layout timm's module works on."""
+    x = _times(x, seen)
+    axes = grn.spatial_dim if scope == "image" else (0, *grn.spatial_dim)
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=statistics)
+    weight, bias = grn.weight.view(grn.wb_shape), grn.bias.view(grn.wb_shape)
+    scale = 1 + weight * (norm / (norm.mean(dim=grn.channel_dim, keepdim=True) + grn.eps))
+    return torch.addcmul(bias.to(x.dtype), x, scale.to(x.dtype))
+
+
+def _times(x: Tensor, seen: Tensor) -> Tensor:
+    return x * seen.to(x.dtype)  # autocast changes the type of x within a block
