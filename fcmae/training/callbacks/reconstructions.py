@@ -21,7 +21,7 @@ class Reconstructions(L.Callback):
         images: how many images in a picture.
     """
 
-    def __init__(self, *, folder: Path, pictures: int, images: int = 6) -> None:
+    def __init__(self, *, folder: Path, pictures: int, images: int = 4) -> None:
         self.folder = folder
         self.pictures = pictures
         self.images = images
