@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,11 +21,14 @@ def mandatory(config: DictConfig, folder: Path) -> None:
     Raises:
         UserError: names the first missing option; for a group, its choices.
     """
-    for key in sorted(map(str, OmegaConf.missing_keys(config)), key=lambda key: key != "model"):
-        choices = sorted(path.stem for path in (folder / key).glob("*.yaml") if not path.stem.startswith("_"))
-        if choices:
-            raise UserError(f"no {key} is chosen: add +{key}=NAME with one of {', '.join(choices)}")
-        raise UserError(f"{key} is not given: add {key}=VALUE")
+    for key in sorted(map(str, OmegaConf.missing_keys(config)), key=lambda key: (key != "model", key)):
+        raise UserError(no_choice(key, folder) if (folder / key).is_dir() else f"{key} is not given: add {key}=VALUE")
+
+
+def no_choice(group: str, folder: Path) -> str:
+    """What to say when a group without a default is not chosen."""
+    choices = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
+    return f"no {group} is chosen: add +{group}=NAME with one of {', '.join(choices)}"
 
 
 def check_config(config: DictConfig, known: set[str]) -> None:
@@ -33,28 +36,34 @@ def check_config(config: DictConfig, known: set[str]) -> None:
 
     Args:
         config: the composed configuration.
-        known: names allowed at its top.
+        known: names allowed at its top, and below those of them that are no group: `a`, `b.c`.
 
     Raises:
         UserError: an option that nothing takes, or one of the wrong kind.
     """
-    for key in map(str, config):
-        if key not in known:
-            raise UserError(f"{key} is not an option{closest(key, known)}")
-    for name, node in _targets(OmegaConf.to_container(config, resolve=True), ""):
-        if str(node["_target_"]).startswith("fcmae."):
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key, value in plain.items():
+        below = {name for name in known if name.startswith(f"{key}.")}
+        names = [f"{key}.{name}" for name in value] if below and isinstance(value, dict) else []
+        for name in (key, *names):
+            if name not in known:
+                raise UserError(f"{name} is not an option{closest(name, below or known)}")
+    for name, node in _targets(plain, ""):
+        if str(node["_target_"]).startswith(("fcmae.", "lightning.")):
             _check_node(name, node)
 
 
-def check_whole(config: DictConfig, name: str, least: int) -> None:
-    """Refuses what is no whole number from `least`.
+def check_whole(config: DictConfig, name: str, least: int, most: int | None = None) -> None:
+    """Refuses what is no whole number from `least`, up to `most`.
 
     Raises:
         UserError: says so.
     """
     value = OmegaConf.select(config, name)
-    if type(value) is not int or value < least:
-        raise UserError(f"{name}={value!r} must be a whole number from {least}")
+    if type(value) is not int or value < least or (most is not None and value > most):
+        raise UserError(
+            f"{name}={value!r} must be a whole number from {least}" + (f" to {most}" if most is not None else "")
+        )
 
 
 def check_choice(config: DictConfig, name: str, choices: Collection[Any]) -> None:
@@ -84,29 +93,41 @@ def _targets(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _check_node(name: str, node: dict[str, Any]) -> None:
     module, _, attribute = str(node["_target_"]).rpartition(".")
-    target = getattr(import_module(module), attribute)
+    try:
+        target = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}._target_={node['_target_']} cannot be imported: {error}") from error
     parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    ours = module.startswith("fcmae.")  # others' annotations may need names that only they know
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target) if ours else {}
     for key, value in node.items():
         if str(key).startswith("_"):
             continue
-        if key not in parameters:
+        if key not in parameters and not takes_any:
             raise UserError(f"{name}.{key} is not an option of {attribute}{closest(key, list(parameters))}")
         _check_kind(f"{name}.{key}", value, hints.get(key, Any))
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Refuses a scalar where the annotation allows another kind of scalar only; leaves the rest to the callee."""
+    """Refuses scalars and lists of scalars where the annotation allows others only; leaves the rest to the callee."""
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    lists = [choice for choice in choices if get_origin(choice) in (Sequence, list, tuple)]
+    if lists and isinstance(value, list):
+        for entry in value:
+            _check_kind(f"an entry of {name}", entry, get_args(lists[0])[0])
+        return
     literals = [choice for literal in choices if get_origin(literal) is Literal for choice in get_args(literal)]
     kinds = [kind for kind in choices if kind in _SCALARS]
     if literals and not kinds:
         if value not in literals:
             raise UserError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, literals))}")
         return
-    if not kinds or (isinstance(value, dict | list) and len(kinds) < len(choices)):
-        return
     if value is None and type(None) in choices:
+        return
+    if lists and not kinds:
+        raise UserError(f"{name}={value!r} must be a list, such as [1, 2]")
+    if not kinds or (isinstance(value, dict | list) and len(kinds) < len(choices) and not lists):
         return
     allowed = {*kinds, *({int} if float in kinds else ())}
     if type(value) not in allowed:

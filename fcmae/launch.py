@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fcmae.config_check import check_config, closest, mandatory
+from fcmae.config_check import check_config, closest, mandatory, no_choice
 from fcmae.errors import UserError
 
 
@@ -38,7 +38,9 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
-            _fail(f"cannot write {error.filename}: {error.strerror}; free space or mend permissions there")
+            # A write that fails, unlike an open, does not say which file it was for.
+            file = error.filename or OmegaConf.select(config, "run_dir") or "a file"
+            _fail(f"cannot write {file}: {error.strerror}; free space or mend permissions there")
 
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
@@ -107,8 +109,10 @@ def _groups(file: Path) -> set[str]:
 
 
 def _keys(file: Path) -> set[str]:
-    """The names that may stand at the top of a composed configuration."""
-    return {*yaml.safe_load(file.read_text(encoding="utf-8")), *_groups(file)} - {"defaults", "hydra"}
+    """The names that may stand in a composed configuration, outside of what the groups choose: `a`, `b.c`."""
+    body = yaml.safe_load(file.read_text(encoding="utf-8"))
+    below = {f"{key}.{name}" for key, value in body.items() if isinstance(value, dict) for name in value}
+    return {*body, *below, *_groups(file)} - {"defaults", "hydra"}
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -125,6 +129,10 @@ def _unknown_key(error: Exception, verb: str, folder: Path) -> str:
     found = re.search(r"Could not override '([^']+)'", message)
     if isinstance(error, ConfigCompositionException) and found:
         key = found.group(1)
+        chosen = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:]}
+        group = key.partition(".")[0]
+        if (folder / group).is_dir() and group not in _groups(folder / f"{verb}.yaml") | chosen:
+            return no_choice(group, folder)
         known = _all_keys(verb, folder, without=key)
         if key not in known:
             beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]

@@ -114,7 +114,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     for side in (height, width):
         if side < patch_size or side % patch_size:
             below = side // patch_size * patch_size
-            choices = f"{below} or {below + patch_size}" if below else str(patch_size)
+            choices = f"{below} or {below + patch_size}" if below > 0 else str(patch_size)
             raise UserError(
                 f"image size {height}x{width} is not a multiple of the {patch_size}-pixel mask patch: "
                 f"instead of {side} use {choices}"

@@ -12,6 +12,7 @@ from rich.console import Console
 from fcmae.checkpoints.format import describe, read_checkpoint
 from fcmae.config_check import check_choice, check_whole
 from fcmae.data.datamodule import ImageDataModule
+from fcmae.errors import UserError
 from fcmae.launch import build, run
 from fcmae.training import report
 from fcmae.training.callbacks.broken_images import BrokenImages
@@ -46,7 +47,7 @@ def pretrain(config: DictConfig) -> None:
     if not start_over:
         folder.check_same(plain)
         if folder.is_finished():
-            with messages(console, log_file=folder.log):
+            with messages(console, log_file=None):
                 report.already_finished(folder)
             return
     checkpoint = None if start_over else folder.newest_checkpoint()
@@ -62,7 +63,7 @@ def pretrain(config: DictConfig) -> None:
     module.effective_batch = set_accumulation(
         trainer, batch_size=data.batch_size, effective_batch=config.effective_batch
     )
-    data.check_enough(module.effective_batch)
+    data.check_enough(module.effective_batch, asked_for=config.effective_batch is not None)
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if config.compile:
@@ -73,7 +74,7 @@ def pretrain(config: DictConfig) -> None:
         if start_over:
             folder.set_aside()
         folder.create(plain, list(HydraConfig.get().overrides.task))
-    with messages(console, log_file=folder.log if trainer.is_global_zero else None):
+    with messages(console, log_file=folder.log, silent=not trainer.is_global_zero):
         if "wandb" in config.logger:
             config.logger.wandb.id = config.logger.wandb.id or wandb_run_id(folder.path)
         trainer.loggers = start_loggers(list(build(config.logger).values()), folder)
@@ -117,10 +118,20 @@ def _trainer(config: DictConfig, folder: RunFolder, data: ImageDataModule, conso
 
 
 def _check(config: DictConfig) -> None:
-    for name in ("epochs", "checkpoint.every_n_steps", "checkpoint.keep"):
+    for name in ("epochs", "trainer.max_epochs", "checkpoint.every_n_steps", "checkpoint.keep"):
         check_whole(config, name, least=1)
-    for name in ("seed", "pictures"):
-        check_whole(config, name, least=0)
+    check_whole(config, "pictures", least=0)
+    check_whole(config, "seed", least=0, most=2**32 - 1)
+    if config.trainer.limit_train_batches is not None:
+        check_whole(config, "trainer.limit_train_batches", least=1)
+    if not str(config.run_name or "").strip("./"):
+        raise UserError(f"run_name={config.run_name!r} names no folder: give it a name, or leave it out")
+    for name in ("image_size", "in_chans"):
+        if config.model[name] != config.data[name]:
+            raise UserError(
+                f"model.{name}={config.model[name]} differs from data.{name}={config.data[name]}: "
+                f"set data.{name}, which the model follows"
+            )
     if config.effective_batch is not None:
         check_whole(config, "effective_batch", least=1)
     check_choice(config, "resume", ("auto", "never"))

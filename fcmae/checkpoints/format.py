@@ -1,5 +1,6 @@
 """What our checkpoint files hold beside Lightning's own entries, and how they are found and read."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,15 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} does not exist: give a run's folder or a .ckpt file")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
+        raise UserError(f"{file} is no checkpoint of plain data; what else it holds is not loaded") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file} cannot be read, it is truncated or no checkpoint ({reason:.120})") from error
-    if not isinstance(checkpoint, dict) or "fcmae" not in checkpoint or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f"{file} is not a checkpoint of fcmae: it holds no weights")
+    description = checkpoint.get("fcmae")
+    if not isinstance(description, dict) or not {"format", "model"} <= description.keys():
         raise UserError(f"{file} is not a checkpoint of fcmae: it lacks the description of its model")
     return checkpoint
 

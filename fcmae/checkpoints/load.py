@@ -41,8 +41,8 @@ def load(path: str | Path, *, masking: Masking | None = None, target: Target | N
         raise UserError(f"{file} holds a model that fcmae.create_model did not make")
     try:
         model = create_model(**options)
-    except TypeError as error:
-        raise UserError(f"{file} asks for options that this fcmae does not know ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} asks for a model that this fcmae cannot make ({error})") from error
     weights = {
         name.removeprefix("model."): value
         for name, value in checkpoint["state_dict"].items()
@@ -60,12 +60,16 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Any], file: Path) ->
     """
     own = model.state_dict()
     missing, left_over = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    differing = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
+    differing = sorted(name for name in own.keys() & weights.keys() if own[name].shape != _shape(weights[name]))
     if missing or left_over or differing:
         found = [("missing", missing), ("left over", left_over), ("of another shape", differing)]
         told = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in found if names)
         raise UserError(f"{file} does not fit the model: {told}")
     model.load_state_dict(weights)
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def _build(spec: Any, allowed: dict[str, Any], what: str, file: Path) -> Any:
@@ -75,4 +79,7 @@ def _build(spec: Any, allowed: dict[str, Any], what: str, file: Path) -> Any:
     name = options.pop("_target_", None)
     if name not in allowed:
         raise UserError(f"{file} names the {what} {name!r}, which is not one of fcmae's: pass {what}=... to fcmae.load")
-    return allowed[name](**options)
+    try:
+        return allowed[name](**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} asks for a {what} that this fcmae cannot make ({error})") from error

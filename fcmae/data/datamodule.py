@@ -93,17 +93,24 @@ class ImageDataModule(L.LightningDataModule):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
         return sorted(order[held_out:]), sorted(order[:held_out])
 
-    def check_enough(self, effective_batch: int) -> None:
+    def check_enough(self, effective_batch: int, *, asked_for: bool) -> None:
         """Refuses an effective batch that is larger than the training set.
+
+        Args:
+            effective_batch: images per optimiser step.
+            asked_for: whether the user gave it, or it follows from `batch_size`.
 
         Raises:
             UserError: says how large it may be.
         """
         count = len(self.split()[0])
         if count < effective_batch:
+            fitting = f"data.batch_size={max(1, count * self.batch_size // effective_batch)}"
+            if asked_for and count >= self.batch_size:
+                fitting = f"effective_batch={count // self.batch_size * self.batch_size}"
             raise UserError(
                 f"{count} training images are fewer than one effective batch of {effective_batch}: "
-                f"use data.batch_size={max(1, count * self.batch_size // effective_batch)} or less, or more images"
+                f"use {fitting} or less, or more images"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -156,16 +163,17 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def _check(self) -> None:
-        least, most = self.crop_scale
-        if not 0 < least <= most <= 1:
-            raise UserError(f"crop_scale={list(self.crop_scale)} must be two rising shares in (0, 1], like [0.2, 1]")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale={list(self.crop_scale)} must be two rising shares in (0, 1], as [0.2, 1]")
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise UserError(f"data.image_size={list(self.image_size)} must be one number, or [height, width]")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise UserError(
-                f"in_chans={self.in_chans}, but {len(self.mean)} means and {len(self.std)} deviations: "
+                f"data.in_chans={self.in_chans}, but {len(self.mean)} means and {len(self.std)} deviations: "
                 "give one of each per channel in data.mean and data.std"
             )
         if min(self.std) <= 0:
-            raise UserError(f"std={list(self.std)} must be positive")
+            raise UserError(f"data.std={list(self.std)} must be positive")
         for name, value, bound in (("batch_size", self.batch_size, 1), ("val_images", self.val_images, 1)):
             if value < bound:
                 raise UserError(f"data.{name}={value} must be at least {bound}")

@@ -50,8 +50,10 @@ class Folder:
         """The image, turned as its EXIF orientation says, in grey or RGB; 16-bit grey is scaled to 8 bits."""
         with Image.open(self.path / self._names[index]) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):
+            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PNG"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no agreed range; convert the image to 8 or 16 bits")
             return image.convert(self._mode)
 
 

@@ -22,6 +22,11 @@ _NOT_FOR_USERS = (
 )
 
 
+class _RunLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise  # a full disk; logging would print a traceback for every line from here on
+
+
 def open_console() -> Console:
     """The terminal, or whatever standard error leads to; Lightning's own chatter is kept off it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -30,25 +35,28 @@ def open_console() -> Console:
 
 
 @contextlib.contextmanager
-def messages(console: Console, *, log_file: Path | None) -> Iterator[None]:
+def messages(console: Console, *, log_file: Path | None, silent: bool = False) -> Iterator[None]:
     """Shows the package's messages, and appends them to a file with the time.
 
     Args:
         console: shared with the progress bar, which it keeps whole.
-        log_file: of the run; None on the ranks that stay silent.
+        log_file: of the run; None to show them only.
+        silent: show and write nothing, as all ranks but the first do.
     """
     log = logging.getLogger("fcmae")
     handlers: list[logging.Handler] = []
-    if log_file is not None:
+    if not silent:
         screen: logging.Handler = (
             RichHandler(console=console, show_time=False, show_level=False, show_path=False)
             if console.is_terminal
             else logging.StreamHandler(console.file)
         )
         screen.setFormatter(logging.Formatter("%(message)s"))
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        handlers = [screen]
+    if log_file is not None and not silent:
+        file = _RunLog(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers = [screen, file]
+        handlers.append(file)
     previous = log.level, log.propagate
     log.setLevel(logging.INFO if handlers else logging.ERROR)
     log.propagate = False

@@ -48,4 +48,10 @@ def set_accumulation(trainer: L.Trainer, *, batch_size: int, effective_batch: in
                 f"{trainer.num_devices} devices x {trainer.num_nodes} nodes: change one of them"
             )
         trainer.accumulate_grad_batches = effective_batch // at_once
+    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+    if isinstance(limit, int) and limit < accumulate:
+        raise UserError(
+            f"trainer.limit_train_batches={limit} ends the epoch before the first step, which accumulates {accumulate} "
+            "batches: allow at least so many, or make effective_batch smaller"
+        )
     return at_once * trainer.accumulate_grad_batches

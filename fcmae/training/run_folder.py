@@ -78,8 +78,10 @@ class RunFolder:
         Raises:
             UserError: it cannot be renamed.
         """
-        if not self.path.exists():
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is no run's folder, so it stays where it is: name another with run_dir=...")
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
             number += 1

@@ -1,14 +1,17 @@
 """Writes checkpoints: every so many steps, at the end, and when the user interrupts."""
 
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from fcmae.checkpoints.export import export_encoder
+from fcmae.errors import UserError
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.module import PretrainModule
 
@@ -47,6 +50,9 @@ class Checkpoints(Checkpoint):
 
         self._previous_handler = signal.signal(signal.SIGINT, on_interrupt)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        signal.signal(signal.SIGINT, self._previous_handler)  # Lightning calls no teardown after an exception
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         signal.signal(signal.SIGINT, self._previous_handler)
 
@@ -71,6 +77,11 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.finite_loss.check(trainer)
+        if not torch.nn.utils.get_total_norm(pl_module.parameters(), norm_type=math.inf).isfinite():
+            raise UserError(
+                f"the weights are no longer finite after step {trainer.global_step}; nothing was saved since: "
+                "lower optim.base_lr or set trainer.gradient_clip_val=1 under another run_name"
+            )
         file = self.folder / f"epoch={trainer.current_epoch + 1:04d}-step={trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(file, weights_only=False)
         if trainer.is_global_zero:

@@ -38,6 +38,6 @@ class FiniteLoss(L.Callback):
                 named = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
                 raise UserError(
                     f"the loss became {loss.item()} at step {step}, in the batch of {named}; nothing was saved since: "
-                    "lower optim.base_lr, set trainer.gradient_clip_val=1, or look at these files, then start again"
+                    "look at these files, or lower optim.base_lr or set trainer.gradient_clip_val=1 in another run_name"
                 )
         raise UserError("the loss of another rank is not finite; its message names the step and the files")
