@@ -66,7 +66,7 @@ def _describe(model: DictConfig) -> dict[str, Any]:
 
 
 def _visible_patches(model: FCMAE, image_size: tuple[int, int]) -> dict[str, int]:
-    mask = model.masking(torch.zeros(1, model.encoder.net.in_chans, *image_size))
+    mask = model.masking(torch.zeros(1, model.encoder.in_chans, *image_size))
     return {"patches": mask.visible[0].numel(), "visible_patches": mask.index.shape[1]}
 
 

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fcmae.masking import Mask
+
+# A busy machine is slow; that is no failure.
+hypothesis.settings.register_profile("fcmae", deadline=None)
+hypothesis.settings.load_profile("fcmae")
 
 
 @pytest.fixture(scope="session", autouse=True)

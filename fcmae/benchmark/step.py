@@ -201,7 +201,7 @@ def _environment(conditions: Conditions) -> Iterator[None]:
 
 
 def _random_images(model: FCMAE, conditions: Conditions) -> Tensor:
-    shape = (conditions.batch_size, model.encoder.net.in_chans, *conditions.image_size)
+    shape = (conditions.batch_size, model.encoder.in_chans, *conditions.image_size)
     return torch.randn(shape, device=conditions.device).contiguous(memory_format=torch.channels_last)
 
 

@@ -46,6 +46,7 @@ class Encoder(nn.Module):
             raise UserError(f"grn_scope={grn_scope!r} is unknown: use 'image' or 'batch'")
         self.net = net
         self.net.head.requires_grad_(False)
+        self.in_chans: int = net.stem[0].in_channels  # type: ignore[assignment]
         self.depthwise = get_engine(engine)
         self.grn_scope = grn_scope
         self.grad_checkpointing = grad_checkpointing

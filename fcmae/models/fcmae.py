@@ -70,7 +70,7 @@ class FCMAE(nn.Module):
             return (error * hidden).sum() / hidden.sum()
 
     def _check(self, images: Tensor, mask: Mask) -> None:
-        channels = self.encoder.net.in_chans
+        channels = self.encoder.in_chans
         if images.ndim != 4 or images.shape[1] != channels:
             raise UserError(f"images have shape {tuple(images.shape)}, the model takes (B, {channels}, H, W)")
         grid = patch_grid(images.shape[2], images.shape[3], self.masking.patch_size)
