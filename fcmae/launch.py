@@ -43,7 +43,11 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
             _fail(f"cannot write {file}: {error.strerror}; free space or mend permissions there")
 
     try:
+        # A second Ctrl-C, or one before the training has begun, ends here.
         hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
+    except KeyboardInterrupt:
+        print("fcmae: interrupted", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
     except MissingConfigException as error:
         _fail(_unknown_choice(error))
     except (HydraException, OmegaConfBaseException) as error:

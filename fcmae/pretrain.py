@@ -1,5 +1,6 @@
 """`python -m fcmae.pretrain +model=tiny`: masked-autoencoder pre-training."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fcmae.checkpoints.format import describe, read_checkpoint
+from fcmae.checkpoints.format import check_same_steps, describe, read_checkpoint
 from fcmae.config_check import check_choice, check_whole
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.errors import UserError
@@ -23,7 +24,7 @@ from fcmae.training.callbacks.reconstructions import Reconstructions
 from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.checkpoint_io import AtomicCheckpointIO
 from fcmae.training.console import messages, open_console
-from fcmae.training.geometry import choose_precision, set_accumulation
+from fcmae.training.geometry import choose_precision, cluster_environment, set_accumulation
 from fcmae.training.loggers import start_loggers, wandb_run_id
 from fcmae.training.module import PretrainModule
 from fcmae.training.run_folder import RunFolder
@@ -51,40 +52,70 @@ def pretrain(config: DictConfig) -> None:
                 report.already_finished(folder)
             return
     checkpoint = None if start_over else folder.newest_checkpoint()
+    module, data, trainer = _build(config, plain, folder, console, checkpoint)
 
+    first = trainer.is_global_zero
+    if first and start_over:
+        folder.set_aside()
+    with (
+        folder.lock() if first else nullcontext(),
+        messages(console, log_file=folder.log, silent=not first),
+    ):
+        if first:
+            folder.create(plain, list(HydraConfig.get().overrides.task))
+        if "wandb" in config.logger:
+            config.logger.wandb.id = config.logger.wandb.id or wandb_run_id(folder.path)
+        trainer.loggers = start_loggers(list(build(config.logger).values()), folder)
+        report.start(folder, module, data, trainer, checkpoint)
+        _fit(folder, module, data, trainer, checkpoint)
+
+
+def _build(
+    config: DictConfig, plain: dict[str, Any], folder: RunFolder, console: Console, checkpoint: Path | None
+) -> tuple[PretrainModule, ImageDataModule, L.Trainer]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     data: ImageDataModule = build(config.data)
     data.split()  # finds the images, or says that there are none
-    data.steps_done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    description = describe(plain)
     module = PretrainModule(
-        model=build(config.model), optim=build(config.optim), seed=config.seed, description=describe(plain)
+        model=build(config.model), optim=build(config.optim), seed=config.seed, description=description
     )
     trainer = _trainer(config, folder, data, console)
     module.effective_batch = set_accumulation(
         trainer, batch_size=data.batch_size, effective_batch=config.effective_batch
     )
-    data.check_enough(module.effective_batch, asked_for=config.effective_batch is not None)
+    data.check_enough(
+        module.effective_batch,
+        world_size=trainer.num_devices * trainer.num_nodes,
+        asked_for=config.effective_batch is not None,
+    )
+    description["steps"] = {"data": data.fingerprint(), "effective_batch": module.effective_batch}
+    if checkpoint is not None:
+        earlier = read_checkpoint(checkpoint)
+        check_same_steps(earlier["fcmae"], description, checkpoint)
+        data.steps_done = earlier["global_step"]
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if config.compile:
         module.model.encoder.compile()
         module.model.decoder.compile()
+    return module, data, trainer
 
-    if trainer.is_global_zero:
-        if start_over:
-            folder.set_aside()
-        folder.create(plain, list(HydraConfig.get().overrides.task))
-    with messages(console, log_file=folder.log, silent=not trainer.is_global_zero):
-        if "wandb" in config.logger:
-            config.logger.wandb.id = config.logger.wandb.id or wandb_run_id(folder.path)
-        trainer.loggers = start_loggers(list(build(config.logger).values()), folder)
-        report.start(folder, module, data, trainer, checkpoint)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except RunInterrupted:
-            report.interrupted(trainer.global_step)
-            raise SystemExit(130) from None
-        report.end(folder, trainer)
+
+def _fit(
+    folder: RunFolder, module: PretrainModule, data: ImageDataModule, trainer: L.Trainer, checkpoint: Path | None
+) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except RunInterrupted as error:
+        report.stopped(trainer.global_step)
+        raise SystemExit(128 + error.signum) from None
+    if trainer.global_step < int(trainer.estimated_stepping_batches):  # by an option such as trainer.max_time
+        report.stopped(trainer.global_step)
+        return
+    if "val_loss" not in trainer.callback_metrics:  # stopped earlier, between the last step and its validation
+        trainer.validate(module, datamodule=data, verbose=False)
+    report.end(folder, trainer)
 
 
 def _trainer(config: DictConfig, folder: RunFolder, data: ImageDataModule, console: Console) -> L.Trainer:
@@ -101,13 +132,14 @@ def _trainer(config: DictConfig, folder: RunFolder, data: ImageDataModule, conso
             every_n_steps=config.checkpoint.every_n_steps,
             keep=config.checkpoint.keep,
             finite_loss=finite_loss,
+            throughput=throughput,
         ),
     ]
     trainer: L.Trainer = build(
         config.trainer,
         precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_environment()],
         logger=False,
         default_root_dir=str(folder.path),
         enable_progress_bar=False,

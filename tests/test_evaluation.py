@@ -207,7 +207,7 @@ def test_save_png_writes_all_or_nothing(tmp_path) -> None:
         assert np.asarray(written).tolist() == np.asarray(image).tolist()
 
     before = path.read_bytes()
-    with pytest.raises(OSError, match="cannot write mode"):
+    with pytest.raises(UserError, match="cannot write mode"):
         save_png(Image.new("LAB", (3, 2)), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]

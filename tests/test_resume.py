@@ -18,6 +18,7 @@ import fcmae
 from fcmae import launch
 from fcmae.pretrain import pretrain
 from fcmae.training.module import PretrainModule
+from fcmae.training.run_folder import RunFolder
 
 MICRO = [
     "+model=custom",
@@ -34,7 +35,7 @@ MICRO = [
     "trainer=cpu",
     "checkpoint.every_n_steps=1",
     "checkpoint.keep=1000",
-    "pictures=0",
+    "pictures=1",
 ]
 
 
@@ -76,6 +77,11 @@ def flat_optimizer(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()}
 
 
+def summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
 def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("epoch=*.ckpt"))
 
@@ -99,7 +105,7 @@ def test_resuming_after_any_step_changes_nothing(
     reference, all_steps = weights(tmp_path / "reference"), list(steps)
     total = len(checkpoints(tmp_path / "reference"))
     assert total == 12 // accumulate  # 32 training images, 3 epochs
-    for step in range(1, total):
+    for step in range(1, total + 1):
         steps.clear()
         run = tmp_path / f"stopped_after_{step}"
         stopped_after(tmp_path / "reference", run, step)
@@ -108,6 +114,7 @@ def test_resuming_after_any_step_changes_nothing(
         resumed = weights(run)
         assert resumed.keys() == reference.keys()
         assert all(torch.equal(resumed[name], reference[name]) for name in reference)
+        assert summary(run)["val_loss"] == summary(tmp_path / "reference")["val_loss"]
 
 
 def test_every_step_is_logged_once(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +139,9 @@ def test_another_seed_draws_other_batches(tmp_path: Path, images: Path, steps: l
     assert steps[:4] != steps[4:]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(
-    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch, signum: int
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     options = ["data.num_workers=0", "checkpoint.every_n_steps=1000"]
@@ -144,21 +152,90 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
     def interrupting(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
         return recording(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
         patch.setattr(PretrainModule, "training_step", interrupting)
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "run", images, *options)
-    assert stop.value.code == 130
+    assert stop.value.code == 128 + signum
     assert [file.name for file in checkpoints(tmp_path / "run")] == ["epoch=0002-step=00000006.ckpt"]
     assert "interrupted after 6 steps" in (tmp_path / "run" / "train.log").read_text()
     train(tmp_path / "run", images, *options)
     assert steps == all_steps
-    assert all(
-        torch.equal(value, weights(tmp_path / "run")[name]) for name, value in weights(tmp_path / "reference").items()
-    )
+    reference = weights(tmp_path / "reference")
+    assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_a_run_that_the_trainer_ends_early_is_saved_and_not_called_finished(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    train(tmp_path / "reference", images, "data.num_workers=0")
+    all_steps = list(steps)
+    steps.clear()
+    recording = PretrainModule.training_step
+
+    def stopping(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.trainer.should_stop = self.global_step == 2  # as trainer.max_time does
+        return recording(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", stopping)
+        train(tmp_path / "run", images, "data.num_workers=0", "checkpoint.every_n_steps=1000")
+    assert [file.name for file in checkpoints(tmp_path / "run")] == ["epoch=0001-step=00000003.ckpt"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(tmp_path / "run", images, "data.num_workers=0", "checkpoint.every_n_steps=1000")
+    assert steps == all_steps
+
+
+@pytest.mark.parametrize("change", ["more images", "another batch"])
+def test_a_run_goes_on_with_its_own_images_and_batch_only(
+    tmp_path: Path, images: Path, change: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    copy = shutil.copytree(images, tmp_path / "images")
+    train(tmp_path / "reference", copy, "data.num_workers=0")
+    stopped_after(tmp_path / "reference", tmp_path / "run", step=5)
+    if change == "more images":
+        shutil.copy(copy / "00.png", copy / "more.png")
+    else:  # what another number of devices does, which the configuration does not show
+        monkeypatch.setattr("fcmae.pretrain.set_accumulation", lambda trainer, **batch: 4)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", copy, "data.num_workers=0")
+    assert stop.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained with" in told
+    assert ("40 images" in told and "41 images" in told) or "effective_batch 8, now it is 4" in told
+
+
+def test_two_processes_cannot_train_in_one_folder(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", images, "data.num_workers=0")
+    assert stop.value.code == 2
+    assert "another process trains in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_and_go_on(tmp_path: Path, images: Path) -> None:
+    """DDP on the CPU in processes of its own; stopped by the checkpoints that are taken away."""
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.num_workers=0"]
+
+    def train_in_processes(run: Path) -> None:
+        command = [sys.executable, "-m", "fcmae.pretrain", *MICRO, f"data.path={images}", f"run_dir={run}", *options]
+        subprocess.run([item for item in command if item != "trainer=cpu"], check=True, timeout=300)
+
+    train_in_processes(tmp_path / "reference")
+    assert len(checkpoints(tmp_path / "reference")) == 6
+    stopped_after(tmp_path / "reference", tmp_path / "run", step=3)
+    train_in_processes(tmp_path / "run")
+    reference = weights(tmp_path / "reference")
+    assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path / "run").items())
+    assert summary(tmp_path / "run") == summary(tmp_path / "reference")
 
 
 def test_a_kill_during_a_write_leaves_a_loadable_checkpoint(tmp_path: Path, images: Path) -> None:

@@ -27,6 +27,26 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_same_steps(earlier: dict[str, Any], now: dict[str, Any], file: Path) -> None:
+    """Refuses to go on where the next step would not be the one that was to follow.
+
+    Args:
+        earlier: the description in a checkpoint.
+        now: that of the run; both may have `steps`, what the order of samples and the schedule follow from.
+        file: the checkpoint.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    for name, value in now.get("steps", {}).items():
+        before = earlier.get("steps", {}).get(name, value)
+        if before != value:
+            raise UserError(
+                f"{file} was trained with {name} {before}, now it is {value}: give another run_name, "
+                "or resume=never to start over (the old run is kept aside)"
+            )
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """The content of one of our checkpoint files, mapped from the disk rather than read.
 

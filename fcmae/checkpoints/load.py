@@ -49,6 +49,7 @@ def load(path: str | Path, *, masking: Masking | None = None, target: Target | N
         if name.startswith("model.")
     }
     load_weights(model, weights, file)
+    model.encoder.net.head.requires_grad_(True)  # frozen in pre-training, wanted by whoever fine-tunes the net
     return model.eval()
 
 

@@ -1,6 +1,8 @@
 """The Lightning data module that all sources share."""
 
+import hashlib
 import os
+import signal
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class ImageDataModule(L.LightningDataModule):
         self._check()
         self._loaded: Source | None = None
         self.steps_done = 0
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
     def load_source(self) -> Source:
@@ -93,17 +96,29 @@ class ImageDataModule(L.LightningDataModule):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
         return sorted(order[held_out:]), sorted(order[:held_out])
 
-    def check_enough(self, effective_batch: int, *, asked_for: bool) -> None:
-        """Refuses an effective batch that is larger than the training set.
+    def fingerprint(self) -> str:
+        """Changes when images come, go or are renamed."""
+        names = "\n".join(self.source.sample_id(index) for index in range(len(self.source)))
+        return f"{len(self.source)} images, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+    def check_enough(self, effective_batch: int, *, world_size: int, asked_for: bool) -> None:
+        """Refuses an effective batch that is larger than the training set, and ranks without an image to validate.
 
         Args:
             effective_batch: images per optimiser step.
+            world_size: number of ranks.
             asked_for: whether the user gave it, or it follows from `batch_size`.
 
         Raises:
             UserError: says how large it may be.
         """
-        count = len(self.split()[0])
+        train, held_out = self.split()
+        count = len(train)
+        if len(held_out) < world_size:
+            raise UserError(
+                f"{len(held_out)} held-out images are too few for {world_size} devices: "
+                "set data.val_images to at least as many, have five times as many images, or use fewer devices"
+            )
         if count < effective_batch:
             fitting = f"data.batch_size={max(1, count * self.batch_size // effective_batch)}"
             if asked_for and count >= self.batch_size:
@@ -138,7 +153,7 @@ class ImageDataModule(L.LightningDataModule):
         _, indices = self.split()
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dataset = ImageDataset(source=self.source, indices=indices, transform=eval_transform(self.size), seed=self.seed)
-        return self._loader(dataset, [(0, index) for index in range(rank, len(indices), world_size)])
+        return self._loader(dataset, [(0, index) for index in range(rank, len(indices), world_size)], most_workers=2)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """uint8 images to normalised float32, on the device, in channels-last memory."""
@@ -146,12 +161,23 @@ class ImageDataModule(L.LightningDataModule):
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> (x / 255 - mean) / std, float32."""
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
         images = images.to(torch.float32, memory_format=torch.channels_last)
+        mean, std = self._statistics_on(images.device)
         return (images / 255 - mean) / std
 
-    def _loader(self, dataset: ImageDataset, sampler: EpochSampler | list[tuple[int, int]]) -> DataLoader[Batch]:
-        workers = _usable_cores() if self.num_workers == "auto" else int(self.num_workers)
+    def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Copied to the device once: every copy makes a GPU wait.
+        if device not in self._statistics:
+            mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+            self._statistics[device] = mean, std
+        return self._statistics[device]
+
+    def _loader(
+        self, dataset: ImageDataset, sampler: EpochSampler | list[tuple[int, int]], most_workers: int = 1000
+    ) -> DataLoader[Batch]:
+        local_ranks = self.trainer.num_devices if self.trainer else 1
+        share = max(1, min(8, _usable_cores() // local_ranks))
+        workers = min(most_workers, share if self.num_workers == "auto" else int(self.num_workers))
         return DataLoader(
             dataset,  # type: ignore[arg-type]  # a data set of samples, collated to batches
             sampler=sampler,
@@ -159,6 +185,7 @@ class ImageDataModule(L.LightningDataModule):
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -191,4 +218,9 @@ def _whole_steps(trainer: L.Trainer) -> int | None:
 
 def _usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return cores
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the run's own ends its step and then its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """A source, a transform and a seed make a data set whose samples are functions of (seed, epoch, index)."""
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,7 +56,7 @@ class ImageDataset(Dataset[Sample]):
                 broken.append((sample_id, f"{type(error).__name__}: {error}"))
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix_seed(self.seed, epoch, index))
+                torch.manual_seed(mix_seed("transform", self.seed, epoch, index))
                 return Sample(self.transform(image), sample_id, broken)
         raise UserError(
             f"{len(broken)} images in a row cannot be read, the last one {broken[-1][0]} ({broken[-1][1]}): "
@@ -63,6 +64,6 @@ class ImageDataset(Dataset[Sample]):
         )
 
 
-def mix_seed(*numbers: int) -> int:
-    """One well mixed 64-bit seed from several small numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+def mix_seed(purpose: str, *numbers: int) -> int:
+    """One well mixed 64-bit seed from what it is for and several small numbers, the same on every machine."""
+    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1, np.uint64)[0])

@@ -20,7 +20,7 @@ class Folder:
     """The images below a folder, in the order of their paths.
 
     Args:
-        path: the folder. Links to folders are not followed, hidden files are left out.
+        path: the folder. Links to folders are followed, each folder once; hidden files are left out.
         in_chans: 1 for grey, 3 for RGB.
 
     Raises:
@@ -75,7 +75,13 @@ def _image_names(root: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions")
 
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # a link back to where the walk has been
+            subfolders.clear()
+            continue
+        seen.add(place)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):

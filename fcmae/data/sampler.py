@@ -59,7 +59,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)
         order = order[: self.steps_per_epoch * self.accumulate * self.world_size * self.batch_size]
         mine = order.view(-1, self.world_size, self.batch_size)[:, self.rank]  # (micro-batches, batch_size)

@@ -1,10 +1,12 @@
 """From a decoded picture to a (C, H, W) uint8 tensor of the model's size."""
 
 from collections.abc import Callable
+from functools import partial
 
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import pil_to_tensor
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -36,5 +38,8 @@ def eval_transform(size: tuple[int, int]) -> Transform:
     Args:
         size: (height, width) of the result in pixels.
     """
-    to_tensor = v2.PILToTensor()
-    return lambda image: to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))
+    return partial(_fit, size=size)
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    return pil_to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))

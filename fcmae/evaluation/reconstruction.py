@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fcmae.errors import UserError
+from fcmae.files import atomic_writer
 from fcmae.masking import Mask
 from fcmae.models.fcmae import FCMAE
 
@@ -100,16 +101,12 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Writes a picture so that whoever reads `path` finds all of it or the one before; makes missing folders.
 
     Raises:
-        OSError: it cannot be written; `path` is then as it was.
+        UserError: it cannot be written; `path` is then as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_writer(path) as file:
+        image.save(file, format="PNG")
 
 
 @contextmanager

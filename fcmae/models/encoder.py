@@ -1,5 +1,6 @@
 """The sparse encoder: timm's ConvNeXt, its modules and parameters untouched, executed on packed images."""
 
+import math
 from functools import partial
 
 from timm.models.convnext import ConvNeXt
@@ -28,7 +29,7 @@ class Encoder(nn.Module):
         grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        UserError: an unknown engine or scope.
+        UserError: an unknown engine or scope, or a network that does not work patch by patch.
     """
 
     stride = 32
@@ -44,6 +45,7 @@ class Encoder(nn.Module):
         super().__init__()
         if grn_scope not in ("image", "batch"):
             raise UserError(f"grn_scope={grn_scope!r} is unknown: use 'image' or 'batch'")
+        _check_patchwise(net)
         self.net = net
         self.net.head.requires_grad_(False)
         self.in_chans: int = net.stem[0].in_channels  # type: ignore[assignment]
@@ -61,3 +63,20 @@ class Encoder(nn.Module):
                 run = partial(convnext_block, block, depthwise=depthwise, grn_scope=self.grn_scope)
                 x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
         return self.net.norm_pre(x)
+
+
+def _check_patchwise(net: ConvNeXt) -> None:
+    """Refuses networks whose stem or downsampling reaches over a patch's border, or whose stride is not 32."""
+    stem = list(net.stem)
+    downsample = [module for stage in net.stages for module in stage.downsample.modules()]
+    steps = [module for module in (*stem, *downsample) if isinstance(module, nn.Conv2d)]
+    depthwise: list[nn.Conv2d] = [block.conv_dw for stage in net.stages for block in stage.blocks]
+    if (
+        any(conv.kernel_size != conv.stride or conv.padding != (0, 0) for conv in steps)
+        or any(conv.dilation != (1, 1) or conv.stride != (1, 1) for conv in depthwise)
+        or math.prod(conv.stride[0] for conv in steps) != Encoder.stride
+    ):
+        raise UserError(
+            "the network's stem or downsampling overlaps, is dilated, or its stride is not 32: "
+            "only ConvNeXts with stem_type='patch', patch_size=4 and output_stride=32 run on packed images"
+        )

@@ -34,27 +34,31 @@ class PretrainModule(L.LightningModule):
         self.seed = seed
         self.description = description
         self.effective_batch = 0
+        self._step_losses: list[Tensor] = []
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # So a resumed run draws the masks that it would have drawn: no state to save, none to lose.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(mix_seed(self.seed, self.global_step, micro_batch, self.global_rank))
+        torch.manual_seed(mix_seed("step", self.seed, self.global_step, micro_batch, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on a batch with freshly drawn masks."""
         loss: Tensor = self.model(batch.images).loss
-        self.log("train_loss", loss)
+        self._step_losses.append(loss.detach())
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        losses, self._step_losses = self._step_losses, []
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return  # what is logged is read from the device, and that makes it wait
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.log("train_loss", torch.stack(losses).mean(), sync_dist=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out images with masks that stay the same, beside what trivial predictors reach."""
-        mask = self.fixed_mask(batch.images, batch_idx)
+        mask = self.fixed_mask(batch)
         trivial = trivial_losses(self.model.target, batch.images, mask, self.model.masking.patch_size)
         losses = {
             "val_loss": self.model(batch.images, mask).loss,
@@ -63,11 +67,14 @@ class PretrainModule(L.LightningModule):
         }
         self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch.images))
 
-    def fixed_mask(self, images: Tensor, batch_idx: int) -> Mask:
-        """The mask of a batch of fixed images, drawn on the CPU: the same in every run, on every device."""
+    def fixed_mask(self, batch: Batch) -> Mask:
+        """Masks that follow from the images' names alone: the same in every run, on every device, in every batch."""
+        masks = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(0, batch_idx))
-            return self.model.masking(images.cpu()).to(images.device)
+            for image, sample_id in zip(batch.images.cpu(), batch.sample_ids, strict=True):
+                torch.manual_seed(mix_seed(f"validation {sample_id}"))
+                masks.append(self.model.masking(image[None]))
+        return Mask(torch.cat([m.visible for m in masks]), torch.cat([m.index for m in masks])).to(batch.images.device)
 
     def configure_optimizers(self) -> Any:
         """AdamW with its rate set before every step."""

@@ -70,8 +70,8 @@ def already_finished(folder: RunFolder) -> None:
     _say_where(folder)
 
 
-def interrupted(step: int) -> None:
-    """After Ctrl-C."""
+def stopped(step: int) -> None:
+    """For a run that ends before its last step."""
     log.info("interrupted after %d steps, which are saved; the same command goes on from there", step)
 
 

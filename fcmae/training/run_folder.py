@@ -1,5 +1,6 @@
 """The folder that a run lives in: what it holds, and whether a run may go on in it."""
 
+import contextlib
 import json
 import platform
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from fcmae.checkpoints.format import newest_checkpoint
 from fcmae.errors import UserError
@@ -26,6 +28,10 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "data.num_workers",
     "data.max_broken",
+    "trainer.log_every_n_steps",
+    "trainer.check_val_every_n_epoch",
+    "trainer.limit_val_batches",
+    "trainer.profiler",
 )
 
 
@@ -86,9 +92,26 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
             number += 1
         try:
-            return self.path.rename(aside)
+            with self.lock():
+                return self.path.rename(aside)
         except OSError as error:
             raise UserError(f"cannot rename {self.path} to {aside.name}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder.
+
+        Raises:
+            UserError: one does.
+        """
+        self._make(self.path)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another process trains in {self.path}: wait for it, or give another run_name") from error
+        with lock:
+            yield
 
     def create(self, config: dict[str, Any], overrides: list[str]) -> None:
         """Makes the folder and notes what is run in it.
@@ -96,18 +119,22 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
+        for folder in (self.checkpoints, self.images, self.path / ".hydra"):
+            self._make(folder)
+        for folder in (self.checkpoints, self.exported, self.images):
+            for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink()
+        write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+        write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(overrides))
+        write_text(self.environment, json.dumps(_environment(), indent=2) + "\n")
+
+    def _make(self, folder: Path) -> None:
         try:
-            for folder in (self.checkpoints, self.images, self.path / ".hydra"):
-                folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path}: {error.strerror}; name another with run_dir=..."
             ) from error
-        for leftover in self.path.glob("**/.*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
-        write_text(self.config, yaml.safe_dump(config, sort_keys=False))
-        write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(overrides))
-        write_text(self.environment, json.dumps(_environment(), indent=2) + "\n")
 
 
 def _differences(earlier: dict[str, Any], config: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -29,6 +29,8 @@ class BrokenImages(L.Callback):
         self.file = file
         self.images = images
         self.max_broken = max_broken
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self._noted = {json.loads(line)["id"] for line in lines}  # by an earlier start of the run; may be mended since
         self._seen: set[str] = set()
 
     def on_train_batch_end(
@@ -53,8 +55,9 @@ class BrokenImages(L.Callback):
                 continue
             self._seen.add(sample_id)
             log.warning("skipped %s: %s", sample_id, reason)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
+            if sample_id not in self._noted:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
         if len(self._seen) > max(1, self.max_broken * self.images):
             raise UserError(
                 f"{len(self._seen)} of {self.images} images cannot be read (data.max_broken={self.max_broken}): "

@@ -13,18 +13,27 @@ from lightning.pytorch.callbacks import Checkpoint
 from fcmae.checkpoints.export import export_encoder
 from fcmae.errors import UserError
 from fcmae.training.callbacks.finite_loss import FiniteLoss
+from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.module import PretrainModule
 
 
 class RunInterrupted(Exception):  # noqa: N818
-    """The user pressed Ctrl-C, and what was trained is saved."""
+    """A signal asked the run to stop, and what was trained is saved.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
 class Checkpoints(Checkpoint):
     """Saves `epoch=...-step=....ckpt`, points `last.ckpt` at it, and refreshes the exported encoder.
 
     Only ever after a whole optimiser step, so that a checkpoint means one thing: so many steps are done. The first
-    Ctrl-C ends the step under way, saves and stops; the second stops at once.
+    Ctrl-C or SIGTERM ends the step under way, saves and stops; a second Ctrl-C stops at once.
 
     Args:
         folder: of the checkpoints.
@@ -32,29 +41,52 @@ class Checkpoints(Checkpoint):
         every_n_steps: optimiser steps between checkpoints.
         keep: how many to keep, the newest ones.
         finite_loss: asked before saving.
+        throughput: whose clock stands still meanwhile.
     """
 
-    def __init__(self, *, folder: Path, exported: Path, every_n_steps: int, keep: int, finite_loss: FiniteLoss) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        exported: Path,
+        every_n_steps: int,
+        keep: int,
+        finite_loss: FiniteLoss,
+        throughput: Throughput,
+    ) -> None:
         self.folder = folder
         self.exported = exported
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.finite_loss = finite_loss
-        self._interrupted = False
+        self.throughput = throughput
+        self._signum = 0
+        self._previous_handlers: dict[int, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        def on_interrupt(signum: int, frame: Any) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # By now Lightning has a handler of its own for SIGTERM, in which a run with several ranks waits for ever.
+        resumed, last = Path(trainer.ckpt_path or ""), self.folder / "last.ckpt"
+        if trainer.is_global_zero and resumed.is_file() and resumed != last:
+            _link(resumed, last)  # in case the run was killed between saving and this
+        self._previous_handlers = {
+            signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGINT, signal.SIGTERM)
+        }
 
-        self._previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        signal.signal(signal.SIGINT, self._previous_handler)  # Lightning calls no teardown after an exception
+        self._restore_handlers()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        signal.signal(signal.SIGINT, self._previous_handler)
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self._signum == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signum = signum
+
+    def _restore_handlers(self) -> None:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+        self._previous_handlers = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,18 +94,19 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        interrupted = self._agree_on_interrupt(trainer)
-        if interrupted or step % self.every_n_steps == 0 or step >= int(trainer.estimated_stepping_batches):
+        signum = self._agree_on_signal(trainer)
+        last = step >= int(trainer.estimated_stepping_batches) or trainer.should_stop  # as trainer.max_time sets it
+        if signum or last or step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
-        if interrupted:
-            raise RunInterrupted
+        if signum:
+            raise RunInterrupted(signum)
 
-    def _agree_on_interrupt(self, trainer: L.Trainer) -> bool:
+    def _agree_on_signal(self, trainer: L.Trainer) -> int:
+        """The signal that any rank has received, else 0."""
         if trainer.world_size == 1:
-            return self._interrupted
-        # Asking the other ranks makes a GPU wait, so not at every step.
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return due and trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+            return self._signum
+        highest = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(highest, reduce_op="max"))
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.finite_loss.check(trainer)
@@ -88,8 +121,9 @@ class Checkpoints(Checkpoint):
             assert isinstance(pl_module, PretrainModule)
             _link(file, self.folder / "last.ckpt")
             for old in sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=_step)[: -self.keep]:
-                old.unlink()
+                old.unlink(missing_ok=True)
             export_encoder(pl_module.model.encoder, self.exported, pl_module.description)
+        self.throughput.resume_clock()
 
 
 def _step(file: Path) -> int:

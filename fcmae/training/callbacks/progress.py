@@ -49,9 +49,11 @@ class ProgressBar(L.Callback):
     ) -> None:
         if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        done = trainer.global_step - self._first_step
         if self._bar is not None:
-            # The loss is read from the device only as often as it is logged.
-            self._bar.update(self._task, completed=trainer.global_step, description=self._line(trainer))
+            if trainer.global_step % trainer.log_every_n_steps == 0 or done == 1:  # type: ignore[attr-defined]
+                self._bar.update(self._task, description=self._line(trainer))  # reads the loss from the device
+            self._bar.update(self._task, completed=trainer.global_step)
         elif time.monotonic() - self._last_line >= self.line_every or trainer.global_step == self._steps:
             self._last_line = time.monotonic()
             log.info(self._line(trainer))
@@ -61,7 +63,7 @@ class ProgressBar(L.Callback):
             metrics = trainer.callback_metrics
             log.info(
                 "epoch %d: validation loss %.4f (a patch's own mean reaches %.4f, its nearest visible patch %.4f)",
-                trainer.current_epoch + 1,
+                min(trainer.current_epoch + 1, trainer.max_epochs or 1),
                 metrics["val_loss"],
                 metrics["val_loss_patch_mean"],
                 metrics["val_loss_nearest_patch"],

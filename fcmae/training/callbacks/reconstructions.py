@@ -8,7 +8,6 @@ import lightning as L
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.source import Batch
 from fcmae.evaluation.reconstruction import picture, reconstruct, save_png
-from fcmae.masking import Mask
 from fcmae.training.module import PretrainModule
 
 
@@ -40,11 +39,11 @@ class Reconstructions(L.Callback):
         assert isinstance(pl_module, PretrainModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
-        mask = pl_module.fixed_mask(batch.images, batch_idx)
-        mask = Mask(mask.visible[: self.images], mask.index[: self.images])
-        reconstruction = reconstruct(pl_module.model, batch.images[: self.images], mask)
+        shown = Batch(batch.images[: self.images], batch.sample_ids[: self.images], [])
+        reconstruction = reconstruct(pl_module.model, shown.images, pl_module.fixed_mask(shown))
         image = picture(reconstruction, data.mean, data.std)
-        save_png(image, self.folder / f"epoch={trainer.current_epoch + 1:04d}-step={trainer.global_step:08d}.png")
+        epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
+        save_png(image, self.folder / f"epoch={epoch:04d}-step={trainer.global_step:08d}.png")
         save_png(image, self.folder / "latest.png")
 
     def _due(self, trainer: L.Trainer) -> bool:

@@ -20,10 +20,14 @@ class Throughput(L.Callback):
         self._forget()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_end = time.perf_counter()
+        self.resume_clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_end = time.perf_counter()  # validation is neither training nor waiting for data
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Leaves out the time since the last step: it went neither into training nor into waiting for data."""
+        self._last_end = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
