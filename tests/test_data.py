@@ -1,5 +1,6 @@
 """Images: where they come from, what becomes of them, and which of them a step sees."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,36 @@ def test_validation_sees_the_same_images_in_the_same_order(tmp_path):
     first, second = ([(batch.images, batch.sample_ids) for batch in data.val_dataloader()] for _ in range(2))
     assert [name for _, names in first for name in names] == [f"{index:03d}.png" for index in data.split()[1]]
     assert all(torch.equal(mine[0], its[0]) for mine, its in zip(first, second, strict=True))
+
+
+def test_data_sets_can_be_sent_to_workers_that_are_spawned(tmp_path):
+    """As they are on macOS; forked workers inherit what cannot be pickled."""
+    write_images(tmp_path, 30)
+    data = folder_data(tmp_path)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        sent = pickle.loads(pickle.dumps(loader.dataset))
+        assert torch.equal(sent[0, 0].image, loader.dataset[0, 0].image)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write_images(tmp_path / "elsewhere", 3)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "class").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "root")
+    source = Folder(path=tmp_path / "root", in_chans=3)
+    assert [source.sample_id(index) for index in range(len(source))] == [f"class/{index:03d}.png" for index in range(3)]
+
+
+def test_the_fingerprint_changes_with_the_images(tmp_path):
+    files = write_images(tmp_path, 5)
+    before = folder_data(tmp_path).fingerprint()
+    assert before == folder_data(tmp_path, seed=1).fingerprint()
+    files[0].rename(tmp_path / "renamed.png")
+    assert folder_data(tmp_path).fingerprint() != before
+
+
+def test_every_device_needs_a_held_out_image(tmp_path):
+    write_images(tmp_path, 10)
+    folder_data(tmp_path).check_enough(4, world_size=2, asked_for=False)
+    with pytest.raises(UserError, match="2 held-out images are too few for 3 devices"):
+        folder_data(tmp_path).check_enough(4, world_size=3, asked_for=False)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +137,16 @@ def test_grn_statistics_are_float32(autocast):
     with Norms() as norms, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert model(images).loss.dtype == torch.float32
     assert norms.dtypes == [torch.float32] * 6  # five blocks of the encoder, one of the decoder
+
+
+def test_layer_norm_statistics_are_float32():
+    """torch's kernels sum in float32 whatever they are given; only the result is rounded."""
+    x = (100 + torch.randn(64, 512)).bfloat16()  # in bfloat16 the variance around 100 would be mostly rounding
+    weight, bias = torch.rand(512), torch.randn(512)
+    exact = F.layer_norm(x.double(), (512,), weight.double(), bias.double(), 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.layer_norm(x, (512,), weight, bias, 1e-6)
+    assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_grn_survives_activations_whose_norm_is_too_large_for_float16():

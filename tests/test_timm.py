@@ -3,8 +3,11 @@
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXt
 
 import fcmae
+from fcmae import UserError
+from fcmae.checkpoints.format import FORMAT
 from fcmae.models.create import SIZES
 from fcmae.models.encoder import Encoder
 
@@ -78,3 +81,22 @@ def test_trained_weights_serve_timm(randomise):
     theirs.load_state_dict(net.state_dict())  # strict
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(net.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("options", [{"stem_type": "overlap"}, {"stem_type": "overlap_tiered"}, {"output_stride": 16}])
+def test_a_network_that_mixes_patches_is_refused(options):
+    net = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=0, **options)
+    with pytest.raises(UserError, match="only ConvNeXts with stem_type='patch'"):
+        Encoder(net)
+
+
+def test_a_loaded_net_can_be_fine_tuned_whole(tmp_path):
+    """The final norm is frozen while pre-training and must not stay so."""
+    model = fcmae.create_model(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), decoder_dim=16)
+    assert not any(parameter.requires_grad for parameter in model.encoder.net.head.parameters())
+    options = {"_target_": "fcmae.models.create.create_model", "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+    description = {"format": FORMAT, "model": options | {"decoder_dim": 16}}
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"fcmae": description, "state_dict": weights}, tmp_path / "last.ckpt")
+    loaded = fcmae.load(tmp_path / "last.ckpt")
+    assert all(parameter.requires_grad for parameter in loaded.encoder.net.parameters())

@@ -12,8 +12,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 def choose_precision(setting: str | int, accelerator: str) -> str:
     """`auto` is bf16-mixed on a CUDA device that computes it natively, else float32.
 
-    (CPUs stay with float32: the backward pass of their bf16 convolutions is slower. GRN statistics, layer norms, target
-    and loss are in float32 whatever the precision.)
+    (CPUs stay with float32: the backward pass of their bf16 convolutions is slower. Statistics of GRN and layer norms,
+    target and loss are in float32 whatever the precision.)
 
     Raises:
         UserError: an unknown precision.
