@@ -52,6 +52,7 @@ def bench(config: DictConfig) -> None:
 
     report = build_report(measurements, conditions, _describe(config.model) | visible)
     console = Console()
+    console = console if console.width >= 100 else Console(width=100)  # a log file says 80, and cuts the table
     console.print(headline(report), highlight=False)
     console.print(table(report))
     if path is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fcmae
 from fcmae.bench import bench
 from fcmae.benchmark.dense import MaskedDenseEncoder, as_dense
-from fcmae.benchmark.measure import Times, measure_times, process_clock, saved_activations, wall_clock
+from fcmae.benchmark.measure import Times, cpu_peak, measure_times, process_clock, saved_activations, wall_clock
 from fcmae.benchmark.step import Conditions, build_variants, check_agreement, measure_training
 
 MICRO = {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64], "decoder_dim": 16, "image_size": 96}
@@ -187,6 +187,7 @@ def test_entry_point_prints_and_writes_the_same(
             f"{row['images_per_second']:.2f}",
             f"{row['saved_bytes'] / 1e6:.1f}",
             f"{row['saved_ratio']:.3f}",
+            *([] if row["peak_bytes"] is None else [f"{row['peak_bytes'] / 1e6:.1f}", f"{row['peak_ratio']:.3f}"]),
         ]
     for text in (
         torch.__version__,
@@ -219,3 +220,15 @@ def test_entry_point_prints_and_writes_the_same(
 def test_bad_input_is_refused_before_anything_is_measured(options: dict[str, Any], message: str) -> None:
     with pytest.raises(fcmae.UserError, match=message):
         bench(compose(**options))
+
+
+def test_the_peak_of_a_step_on_the_cpu() -> None:
+    megabyte = 1 << 20
+
+    def step() -> None:
+        torch.ones(200 * megabyte, dtype=torch.uint8)
+
+    peak = cpu_peak(step)
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert 190 * megabyte < peak < 300 * megabyte

@@ -4,10 +4,13 @@ A *step* is a function without arguments that does one unit of work. Steps that 
 machine which slows down, or is shared, slows them all alike.
 """
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -119,3 +122,26 @@ def cuda_peak(step: Step) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(step: Step) -> int | None:
+    """Bytes that this process holds at the worst moment of a step, beyond what it holds before it.
+
+    Read from the kernel's count of resident memory, after free memory was given back to it; None where the system
+    (Linux with glibc) does not allow that.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+        before = _resident("VmRSS")
+        step()
+        return _resident("VmHWM") - before
+    except (AttributeError, OSError):
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) * 1024

@@ -26,7 +26,7 @@ def build_report(measurements: Mapping[str, Measurement], conditions: Conditions
     Returns:
         `machine`, `conditions`, `model`, `baseline`, and under `variants` by name: `seconds` (every repeat),
         `median_ms`, `quartiles_ms`, `ratio` (of the medians, to the baseline), `images_per_second`, `saved_bytes`,
-        `saved_ratio`, `peak_bytes` and `peak_ratio` (None on CPU).
+        `saved_ratio`, `peak_bytes` and `peak_ratio` (None where the system does not tell).
     """
     base = measurements[BASELINE]
     return {

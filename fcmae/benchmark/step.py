@@ -83,7 +83,8 @@ class Measurement:
     Attributes:
         times: seconds per step.
         saved_bytes: what autograd keeps for the backward pass, without parameters and images.
-        peak_bytes: device memory at the worst moment of a step, with weights, optimiser state and images; None on CPU.
+        peak_bytes: memory of the device at the worst moment of a step, with weights, optimiser state and images; None
+            where the system does not tell.
     """
 
     times: measure.Times
@@ -134,7 +135,7 @@ def measure_training(
                 partial(forward, variant, images, masks[0], conditions.precision),
                 exclude=[images, *variant.parameters()],
             )
-            peak[name] = _peak(steps[name], variant, optimizer, images) if conditions.on_cuda else None
+            peak[name] = _peak(steps[name], variant, optimizer, images)
         clock = CLOCKS[str(conditions.clock)]
         times = measure.measure_times(
             steps, clock, repeats=conditions.repeats, warmup=conditions.warmup, progress=progress
@@ -210,11 +211,12 @@ def _optimizer(model: FCMAE) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
 
-def _peak(step: measure.Step, model: FCMAE, optimizer: torch.optim.Optimizer, images: Tensor) -> int:
+def _peak(step: measure.Step, model: FCMAE, optimizer: torch.optim.Optimizer, images: Tensor) -> int | None:
     step()  # the first step allocates the optimiser's state
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     held = sum(tensor.nbytes for tensor in [images, *model.parameters(), *states] if tensor.device == images.device)
-    return held + measure.cuda_peak(step)
+    beyond = measure.cuda_peak(step) if images.is_cuda else measure.cpu_peak(step)
+    return None if beyond is None else held + beyond
 
 
 def _device_type(name: str) -> str:
