@@ -20,6 +20,7 @@ class Mask:
         visible: (B, h, w) bool, True means seen.
         index: (B, V) int64, the seen cells of each image, numbered row by row, ascending. Derived from `visible`
             when it is not given; who gives it vouches that both agree (it saves reading the device's memory).
+        slots: (B, h, w) int32, where each cell's patch lies among the V, or -1: the inverse of `index`; derived.
 
     Raises:
         UserError: `visible` has not three dimensions, is not boolean, or its images see different numbers of patches.
@@ -27,10 +28,13 @@ class Mask:
 
     visible: Tensor
     index: Tensor = field(default=None)  # type: ignore[assignment]
+    slots: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if self.index is None:
             object.__setattr__(self, "index", _visible_index(self.visible))
+        counted = self.visible.flatten(1).cumsum(1, dtype=torch.int32).view(self.visible.shape) - 1
+        object.__setattr__(self, "slots", counted.masked_fill(~self.visible, -1))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -42,6 +46,24 @@ class Mask:
         """Where the seen patches lie in the grid: two (B, V) int64 tensors."""
         width = self.visible.shape[2]
         return self.index // width, self.index % width
+
+    @staticmethod
+    def everything(batch: int, h: int, w: int, *, device: torch.device | str = "cpu") -> "Mask":
+        """All cells of `batch` grids are seen."""
+        index = torch.arange(h * w, device=device).expand(batch, -1).contiguous()
+        return Mask(torch.ones(batch, h, w, dtype=torch.bool, device=device), index)
+
+    @property
+    def hidden(self) -> "Mask":
+        """The complement: what is hidden here is seen there."""
+        seen = self.visible.flatten(1)  # (B, L)
+        hidden_first = seen.to(torch.uint8).argsort(dim=1, stable=True)
+        return Mask(~self.visible, hidden_first[:, : seen.shape[1] - self.index.shape[1]].contiguous())
+
+    def at(self, positions: int) -> Tensor:
+        """(B, 1, h*p, w*p) bool: what is seen of a map with `positions` p per side of a patch."""
+        rows = self.visible.repeat_interleave(positions, dim=1)
+        return rows.repeat_interleave(positions, dim=2)[:, None]
 
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask on another device."""

@@ -26,34 +26,32 @@ def pack(x: Tensor, mask: Mask) -> Tensor:
             f"a batch of {x.shape[0]} of size {x.shape[2]}x{x.shape[3]} does not fit the mask's "
             f"{mask.visible.shape[0]} grids of {h}x{w} square patches"
         )
-    packed: Tensor = _Pack.apply(x, mask.visible, mask.index)
+    packed: Tensor = _Pack.apply(x, mask.index, h, w)
     return packed
 
 
 def unpack(x: Tensor, mask: Mask) -> Tensor:
     """(B, C, V*p, p) -> (B, C, h*p, w*p): the inverse of `pack`, with zeros where a patch is hidden."""
-    unpacked: Tensor = _Unpack.apply(x, mask.visible, mask.index)
+    unpacked: Tensor = _Unpack.apply(x, mask.index, *mask.grid)
     return unpacked
 
 
-def _gather(x: Tensor, mask: Mask) -> Tensor:
-    (h, w), (rows, columns) = mask.grid, mask.rows_and_columns
+def _gather(x: Tensor, index: Tensor, h: int, w: int) -> Tensor:
     batch, channels, height, _ = x.shape
     p = height // h
     image = torch.arange(batch, device=x.device)[:, None]
     patches = x.permute(0, 2, 3, 1).reshape(batch, h, p, w, p, channels)
-    tokens = patches[image, rows, :, columns]  # (B, V, p, p, C)
+    tokens = patches[image, index // w, :, index % w]  # (B, V, p, p, C)
     # Indexing a channels-first image leaves the tokens in its order; in channels-last memory this copies nothing.
     return tokens.flatten(1, 2).contiguous().permute(0, 3, 1, 2)  # (B, C, V*p, p)
 
 
-def _scatter(x: Tensor, mask: Mask) -> Tensor:
-    (h, w), (rows, columns) = mask.grid, mask.rows_and_columns
+def _scatter(x: Tensor, index: Tensor, h: int, w: int) -> Tensor:
     batch, channels, _, p = x.shape
     image = torch.arange(batch, device=x.device)[:, None]
-    tokens = x.permute(0, 2, 3, 1).reshape(batch, rows.shape[1], p, p, channels)
+    tokens = x.permute(0, 2, 3, 1).reshape(batch, index.shape[1], p, p, channels)
     patches = x.new_zeros(batch, h, p, w, p, channels)
-    patches[image, rows, :, columns] = tokens
+    patches[image, index // w, :, index % w] = tokens
     return patches.view(batch, h * p, w * p, channels).permute(0, 3, 1, 2)  # (B, C, h*p, w*p)
 
 
@@ -63,21 +61,23 @@ def _scatter(x: Tensor, mask: Mask) -> Tensor:
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, visible: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(visible, index)
-        return _gather(x, Mask(visible, index))
+    def forward(ctx: Any, x: Tensor, index: Tensor, h: int, w: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.grid = h, w
+        return _gather(x, index, h, w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Unpack.apply(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Unpack.apply(grad, *ctx.saved_tensors, *ctx.grid), None, None, None
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, visible: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(visible, index)
-        return _scatter(x, Mask(visible, index))
+    def forward(ctx: Any, x: Tensor, index: Tensor, h: int, w: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.grid = h, w
+        return _scatter(x, index, h, w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Pack.apply(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Pack.apply(grad, *ctx.saved_tensors, *ctx.grid), None, None, None

@@ -49,7 +49,7 @@ def test_dense_baseline_is_the_packed_model(
     for model in (packed, dense):
         inputs = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"images": images.clone()}
         inputs["images"].requires_grad_()
-        loss, pred, _ = model(inputs["images"], mask)
+        loss, pred, _ = model(inputs["images"], mask, whole=True)
         gradients = torch.autograd.grad(loss + pred.square().mean(), list(inputs.values()))
         results.append({"loss": loss.detach(), "pred": pred.detach()} | dict(zip(inputs, gradients, strict=True)))
 

@@ -32,7 +32,8 @@ class Oracle(FCMAE):
         )
         self.error = error
 
-    def forward(self, images: Tensor, mask: Mask | None = None) -> Output:
+    def forward(self, images: Tensor, mask: Mask | None = None, *, whole: bool = False) -> Output:
+        assert whole
         assert not any(module.training for module in self.modules())
         assert not torch.is_grad_enabled()
         pred = self.target(images, self.masking.patch_size) + self.error
@@ -128,7 +129,7 @@ def test_the_real_model_predicts_what_is_shown() -> None:
     images = torch.randn(2, 3, 96, 96)
     mask = model.masking(images)
     result = reconstruct(model, images, mask)
-    expected = model.target.to_pixels(model(images, mask).pred, images, 32).detach()
+    expected = model.target.to_pixels(model(images, mask, whole=True).pred, images, 32).detach()
     hidden = result.hidden.expand_as(images)
     torch.testing.assert_close(result.pasted[hidden], expected[hidden])
     torch.testing.assert_close(result.error[hidden], (expected - images)[hidden].abs())
@@ -263,8 +264,8 @@ def test_normalised_pixels_score_one_and_constant_patches_nothing() -> None:
 
 def test_trivial_losses_are_in_the_units_of_the_model_loss() -> None:
     class Zero(nn.Module):
-        def forward(self, features: Tensor, mask: Mask) -> Tensor:
-            return features.new_zeros(len(features), 32 * 32 * 3, *mask.grid)
+        def forward(self, features: Tensor, mask: Mask, wanted: Mask) -> Tensor:
+            return features.new_zeros(len(features), 32 * 32 * 3, wanted.index.shape[1], 1)
 
     model = create_model(depths=[1, 1, 1, 1], dims=[8, 8, 8, 8], image_size=96)
     model.decoder = Zero()

@@ -8,6 +8,7 @@ from timm.models.convnext import ConvNeXt
 import fcmae
 from fcmae import UserError
 from fcmae.checkpoints.format import FORMAT
+from fcmae.engines import get_engine
 from fcmae.models.create import SIZES
 from fcmae.models.encoder import Encoder
 
@@ -69,7 +70,7 @@ def test_a_convnext_of_the_first_version_works_too(name, randomise):
     assert not any("grn" in key for key in net.state_dict())
     randomise(net)  # with layer scales that matter
     images = torch.randn(2, 4, 64, 96, dtype=torch.float64)
-    packed = Encoder(net)(images, fcmae.Mask(torch.ones(2, 2, 3, dtype=torch.bool)))
+    packed = Encoder(net, engine=get_engine("torch"))(images, fcmae.Mask(torch.ones(2, 2, 3, dtype=torch.bool)))
     theirs = net.forward_features(images)
     assert (packed.view_as(theirs) - theirs).abs().max() < 1e-12 * theirs.abs().max()
 
@@ -87,7 +88,7 @@ def test_trained_weights_serve_timm(randomise):
 def test_a_network_that_mixes_patches_is_refused(options):
     net = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=0, **options)
     with pytest.raises(UserError, match="only ConvNeXts with stem_type='patch'"):
-        Encoder(net)
+        Encoder(net, engine=get_engine("torch"))
 
 
 def test_a_loaded_net_can_be_fine_tuned_whole(tmp_path):

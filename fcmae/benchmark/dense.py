@@ -11,15 +11,37 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fcmae.engines import Engine
+from fcmae.engines import torch as torch_engine
 from fcmae.masking import Mask
-from fcmae.models.block import GRNScope
+from fcmae.models.block import GRNScope, global_response_norm
 from fcmae.models.encoder import Encoder
-from fcmae.models.fcmae import FCMAE
+from fcmae.models.fcmae import FCMAE, Output
 from fcmae.packing import pack
+
+
+def _plain_gelu_grn_linear(
+    x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return F.linear(global_response_norm(F.gelu(x), grn_weight, grn_bias), weight, bias)
+
+
+PLAIN = Engine("plain", torch_engine.depthwise, _plain_gelu_grn_linear)
+
+
+class MaskedDenseFCMAE(FCMAE):
+    """Predicts every patch, as the original does, visible ones too."""
+
+    def forward(self, images: Tensor, mask: Mask | None = None, *, whole: bool = True) -> Output:
+        """As in `FCMAE`."""
+        output = super().forward(images, mask, whole=True)
+        hidden = output.mask.hidden.index[:, :, None].expand(-1, -1, output.pred.shape[2])
+        return output if whole else output._replace(pred=output.pred.gather(1, hidden))
 
 
 class MaskedDenseEncoder(Encoder):
@@ -36,14 +58,14 @@ class MaskedDenseEncoder(Encoder):
     """
 
     def __init__(self, net: ConvNeXt, *, grn_scope: GRNScope = "image", grad_checkpointing: bool = False) -> None:
-        super().__init__(net, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing)
+        super().__init__(net, engine=PLAIN, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing)
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
         x = self.net.stem(images)  # (B, C1, H/4, W/4)
         for stage in self.net.stages:
             x = stage.downsample(x)
-            seen = _seen(x, mask)
+            seen = mask.at(x.shape[2] // mask.grid[0]).to(x.dtype)  # (B, 1, H, W)
             for block in stage.blocks:
                 run = partial(_masked_block, block, seen=seen, grn_scope=self.grn_scope)
                 x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
@@ -58,15 +80,9 @@ def as_dense(model: FCMAE) -> FCMAE:
         grn_scope=parts.encoder.grn_scope,
         grad_checkpointing=parts.encoder.grad_checkpointing,
     )
-    dense = FCMAE(encoder=encoder, decoder=parts.decoder, masking=parts.masking, target=parts.target)
+    parts.decoder.engine = PLAIN
+    dense = MaskedDenseFCMAE(encoder=encoder, decoder=parts.decoder, masking=parts.masking, target=parts.target)
     return dense.train(model.training)
-
-
-def _seen(x: Tensor, mask: Mask) -> Tensor:
-    """(B, 1, H, W): 1 where the map x (B, C, H, W) is visible, else 0."""
-    p = x.shape[2] // mask.grid[0]
-    seen = mask.visible.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)  # (B, H, W)
-    return seen[:, None].to(x.dtype)
 
 
 def _masked_block(block: Any, x: Tensor, seen: Tensor, grn_scope: GRNScope) -> Tensor:

@@ -1,33 +1,24 @@
-"""Engines: the ways to compute a depthwise convolution on packed images, the only operation that must know the mask.
+"""Engines: the ways to compute a depthwise convolution on packed images, the only operation that must know the mask,
+and the activation that follows it.
 
-All share the parameters and give the same numbers. One engine is one file with one function.
+All share the parameters and give the same numbers. One engine is one file.
 """
 
-from typing import Protocol
+import importlib
 
-from torch import Tensor
-
+from fcmae.engines.engine import Engine
 from fcmae.errors import UserError
-from fcmae.masking import Mask
+
+NAMES = ("auto", "torch", "cpu", "triton", "minkowski")
 
 
-class Depthwise(Protocol):
-    """A depthwise convolution: x (B, C, V*p, p), weight (C, 1, k, k), bias (C,) or None -> (B, C, V*p, p)."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Tensor: ...
-
-
-NAMES = ("torch",)
-
-
-def get_engine(name: str) -> Depthwise:
-    """The depthwise convolution of the engine called `name`.
+def get_engine(name: str) -> Engine:
+    """The engine called `name`.
 
     Raises:
-        UserError: there is no such engine.
+        UserError: there is no such engine, or it does not work here.
     """
-    if name == "torch":
-        from fcmae.engines.torch import depthwise
-
-        return depthwise
-    raise UserError(f"engine={name!r} is unknown: use {' or '.join(map(repr, NAMES))}")
+    if name not in NAMES:
+        raise UserError(f"engine={name!r} is unknown: use {' or '.join(map(repr, NAMES))}")
+    engine: Engine = importlib.import_module(f"fcmae.engines.{name}").engine()
+    return engine

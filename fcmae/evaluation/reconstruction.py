@@ -56,9 +56,9 @@ def reconstruct(model: FCMAE, images: Tensor, mask: Mask) -> Reconstruction:
     """
     patch_size = model.masking.patch_size
     with _evaluating(model):
-        pred = model(images, mask).pred  # (B, h*w, ...)
+        pred = model(images, mask, whole=True).pred  # (B, h*w, ...)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    hidden = ~mask.visible.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]  # (B, 1, H, W)
+    hidden = ~mask.at(patch_size)  # (B, 1, H, W)
     pasted = torch.where(hidden, model.target.to_pixels(pred, images, patch_size).to(images.dtype), images)
     return Reconstruction(images, images.masked_fill(hidden, 0), pasted, (pasted - images).abs(), hidden)
 

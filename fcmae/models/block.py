@@ -1,56 +1,56 @@
-"""timm's ConvNeXt block, run with its own parameters but with a depthwise convolution of our choice.
+"""timm's ConvNeXt block, run with its own parameters but with an engine's convolution and activation.
 
 Shapes: x (B, C, H, W), a packed or an ordinary image; inside the block (B, H, W, C), a view of channels-last memory.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
+
+from fcmae.engines import Engine
+from fcmae.engines.grn import grn_scale
+from fcmae.masking import Mask
 
 GRNScope = Literal["image", "batch"]
 
 
 def convnext_block(
-    block: ConvNeXtBlock,
-    x: Tensor,
-    depthwise: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    grn_scope: GRNScope = "image",
+    block: ConvNeXtBlock, x: Tensor, engine: Engine, mask: Mask, grn_scope: GRNScope = "image"
 ) -> Tensor:
-    """One ConvNeXt block, V1 or V2 (paper appendix A, figure 8): (B, C, H, W) -> (B, C, H, W)."""
-    y = depthwise(x, block.conv_dw.weight, block.conv_dw.bias)
+    """One ConvNeXt block, V1 or V2 (paper appendix A, figure 8), on a packed image: (B, C, V*p, p) -> the same."""
+    y = engine.depthwise(x, block.conv_dw.weight, block.conv_dw.bias, mask)
     y = y.permute(0, 2, 3, 1)  # (B, H, W, C)
     y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
-    y = block.mlp.act(_linear(block.mlp.fc1, y))  # (B, H, W, 4C)
-    grn = getattr(block.mlp, "grn", None)  # V1 has none
-    if grn is not None:
-        y = global_response_norm(y, grn.weight, grn.bias, grn_scope)
-    y = _linear(block.mlp.fc2, y)  # (B, H, W, C)
+    y = _mlp(block.mlp, y, engine, grn_scope)
     if block.gamma is not None:
         y = y * block.gamma
     return x + block.drop_path(y.permute(0, 3, 1, 2))
 
 
-def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, scope: GRNScope = "image") -> Tensor:
-    """GRN (paper section 4, equations 1 to 3), its statistics in float32 at least: (B, H, W, C) -> (B, H, W, C).
+def _mlp(mlp: Any, x: Tensor, engine: Engine, scope: GRNScope) -> Tensor:
+    """(B, H, W, C) -> (B, H, W, C).
 
-    Args:
-        x: (B, H, W, C). A packed image holds just the visible positions, so its norms are over those alone.
-        weight: (C,), gamma.
-        bias: (C,), beta.
-        scope: `image` takes a channel's norm over the positions of one image; `batch` over those of the whole batch,
-            as the original's sparse PyTorch code does.
+    A packed image holds just the visible positions, so GRN's norms are over those alone: with scope `image` over those
+    of one image, with `batch` over those of all, as in the original's sparse PyTorch code.
     """
-    shape = x.shape
-    if scope == "batch":
-        x = x.flatten(0, 1)[None]  # (1, B*H, W, C): the batch becomes one tall image
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=statistics)  # (B, 1, 1, C)
-    scale = 1 + weight * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))
-    return torch.addcmul(bias.to(x.dtype), x, scale.to(x.dtype)).view(shape)
+    h = linear(mlp.fc1, x.flatten(0, 2)[None] if scope == "batch" else x.flatten(1, 2))  # (B or 1, N, 4C)
+    grn = getattr(mlp, "grn", None)  # V1 has none
+    if grn is not None and isinstance(mlp.act, GELU):
+        y = engine.gelu_grn_linear(h, grn.weight, grn.bias, mlp.fc2.weight.flatten(1), mlp.fc2.bias)
+    else:
+        h = mlp.act(h)
+        y = linear(mlp.fc2, h if grn is None else global_response_norm(h, grn.weight, grn.bias))
+    return y.view(x.shape)
+
+
+def global_response_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GRN (paper section 4, equations 1 to 3), its statistics in float32 at least: (B, N, C) -> (B, N, C)."""
+    norm = torch.linalg.vector_norm(h, dim=1, dtype=torch.promote_types(h.dtype, torch.float32))  # (B, C)
+    return torch.addcmul(bias.to(h.dtype), h, grn_scale(norm, weight).to(h.dtype)[:, None])
 
 
 def initialize(module: nn.Module) -> None:
@@ -66,6 +66,21 @@ def initialize(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _linear(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    # timm's small sizes have 1x1 convolutions here; they differ from linear layers by two axes of length 1.
+def linear(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A linear layer on the last axis; a 1x1 convolution is one too: (..., C) -> (..., D)."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def patch_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of stem or downsampling; a convolution is computed as the linear layer per patch that it is.
+
+    Its kernel is its stride, so each output sees a patch of its own. torch's convolutions take several times as long
+    on the CPU, above all backward and in bfloat16.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return layer(x)
+    k = layer.stride[0]
+    batch, channels, height, width = x.shape
+    patches = x.permute(0, 2, 3, 1).view(batch, height // k, k, width // k, k, channels).transpose(2, 3)
+    weight = layer.weight.permute(0, 2, 3, 1).flatten(1)  # (D, k*k*C)
+    return F.linear(patches.flatten(3), weight, layer.bias).permute(0, 3, 1, 2)  # (B, D, H/k, W/k)

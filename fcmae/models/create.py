@@ -7,6 +7,7 @@ from typing import Any
 import timm
 from timm.models.convnext import ConvNeXt
 
+from fcmae.engines import get_engine
 from fcmae.errors import UserError
 from fcmae.masking import Masking, RandomMask, patch_grid
 from fcmae.models.block import GRNScope, initialize
@@ -35,7 +36,7 @@ def create_model(
     grn_scope: GRNScope = "image",
     drop_path_rate: float = 0.0,
     grad_checkpointing: bool = False,
-    engine: str = "torch",
+    engine: str = "auto",
 ) -> FCMAE:
     """A masked autoencoder around a ConvNeXt V2, freshly initialised (truncated normal of deviation 0.02).
 
@@ -57,7 +58,7 @@ def create_model(
         grn_scope: `image`, or `batch` as in the original PyTorch code.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
         grad_checkpointing: recompute blocks in the backward pass to save memory.
-        engine: how the depthwise convolution on packed images is computed.
+        engine: how the depthwise convolution on packed images is computed: auto, or one of `fcmae.engines.NAMES`.
 
     Raises:
         UserError: an unknown size, or a value out of its bounds.
@@ -69,11 +70,13 @@ def create_model(
     masking = masking or RandomMask(mask_ratio=mask_ratio, patch_size=patch_size)
     target = target or Pixels(norm_pix_loss=norm_pix_loss)
     _check_image_size(image_size, masking)
+    chosen = get_engine(engine)
     return FCMAE(
-        encoder=Encoder(net, engine=engine, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing),
+        encoder=Encoder(net, engine=chosen, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing),
         decoder=Decoder(
             in_channels=net.num_features,
             out_channels=Encoder.stride**2 * in_chans * target.values_per_pixel,
+            engine=chosen,
             depth=decoder_depth,
             dim=decoder_dim,
         ),

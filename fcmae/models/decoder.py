@@ -1,28 +1,30 @@
 """The lightweight decoder: a plain dense ConvNeXt V2 block over encoded patches and mask tokens."""
 
-import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn, where, zeros
 
+from fcmae.engines import Engine
 from fcmae.masking import Mask
-from fcmae.models.block import convnext_block, initialize
-from fcmae.packing import unpack
+from fcmae.models.block import convnext_block, initialize, linear
+from fcmae.packing import pack, unpack
 
 
 class Decoder(nn.Module):
-    """Fills hidden places with a learned token and predicts every patch (paper section 3.1).
+    """Fills hidden places with a learned token and predicts patches (paper section 3.1).
 
-    Shapes: (hs, ws) is the image in units of the network's stride of 32 pixels.
+    Shapes: (hs, ws) is the image in units of the network's stride of 32 pixels, p = mask patch / 32.
 
     Args:
         in_channels: channels of the encoder's last stage.
         out_channels: values to predict per 32x32 pixels.
+        engine: computes the blocks, see `fcmae.engines`.
         depth: number of ConvNeXt V2 blocks.
         dim: their width.
     """
 
-    def __init__(self, *, in_channels: int, out_channels: int, depth: int = 1, dim: int = 512) -> None:
+    def __init__(self, *, in_channels: int, out_channels: int, engine: Engine, depth: int = 1, dim: int = 512) -> None:
         super().__init__()
+        self.engine = engine
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=1)
         self.mask_token = nn.Parameter(zeros(1, dim, 1, 1))
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth))
@@ -30,16 +32,22 @@ class Decoder(nn.Module):
         initialize(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, packed: Tensor, mask: Mask) -> Tensor:
-        """packed (B, C4, V*p, p) -> predictions (B, out_channels, hs, ws)."""
-        x = unpack(self.proj(packed), mask)  # (B, dim, hs, ws)
-        p = packed.shape[-1]
-        visible = mask.visible.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)  # (B, hs, ws)
-        x = where(visible[:, None], x, self.mask_token.to(x.dtype))
+    def forward(self, packed: Tensor, mask: Mask, wanted: Mask) -> Tensor:
+        """packed (B, C4, V*p, p) -> predictions of the n patches that are wanted, packed: (B, out_channels, n*p, p)."""
+        x = unpack(_pointwise(self.proj, packed), mask)  # (B, dim, hs, ws)
+        x = where(mask.at(packed.shape[-1]), x, self.mask_token.to(x.dtype))
+        everything = Mask.everything(len(x), *x.shape[2:], device=x.device)
         for block in self.blocks:
-            x = convnext_block(block, x, _dense_depthwise)  # type: ignore[arg-type]
-        return self.pred(x)
+            x = _dense_block(block, x, self.engine, everything)
+        return _pointwise(self.pred, pack(x, wanted))
 
 
-def _dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+def _dense_block(block: nn.Module, x: Tensor, engine: Engine, everything: Mask) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): an image whose patches, of one position, are all visible is packed as it is."""
+    packed = x.flatten(2).unsqueeze(-1)  # (B, C, H*W, 1)
+    return convnext_block(block, packed, engine, everything).view(x.shape)  # type: ignore[arg-type]
+
+
+def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution (B, C, H, W) -> (B, D, H, W) as the linear layer that it is, which torch computes faster."""
+    return linear(layer, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

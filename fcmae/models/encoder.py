@@ -7,10 +7,10 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fcmae.engines import get_engine
+from fcmae.engines import Engine
 from fcmae.errors import UserError
 from fcmae.masking import Mask
-from fcmae.models.block import GRNScope, convnext_block
+from fcmae.models.block import GRNScope, convnext_block, patch_layer
 from fcmae.packing import pack
 
 
@@ -24,12 +24,12 @@ class Encoder(nn.Module):
     Args:
         net: timm's ConvNeXt with stem stride 4. Its final norm (`net.head.norm`) plays no part in pre-training: it
             is kept, frozen at the identity's scale and shift, so that the state dict is timm's.
-        engine: name of the engine, see `fcmae.engines`.
+        engine: computes the depthwise convolution and the activation, see `fcmae.engines`.
         grn_scope: `image`, or `batch` to reproduce the original PyTorch code.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        UserError: an unknown engine or scope, or a network that does not work patch by patch.
+        UserError: an unknown scope, or a network that does not work patch by patch.
     """
 
     stride = 32
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         self,
         net: ConvNeXt,
         *,
-        engine: str = "torch",
+        engine: Engine,
         grn_scope: GRNScope = "image",
         grad_checkpointing: bool = False,
     ) -> None:
@@ -49,18 +49,20 @@ class Encoder(nn.Module):
         self.net = net
         self.net.head.requires_grad_(False)
         self.in_chans: int = net.stem[0].in_channels  # type: ignore[assignment]
-        self.depthwise = get_engine(engine)
+        self.engine = engine
         self.grn_scope = grn_scope
         self.grad_checkpointing = grad_checkpointing
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
-        x = self.net.stem(pack(images, mask))  # (B, C1, V*8, 8) for 32-pixel patches
-        depthwise = partial(self.depthwise, mask=mask)
+        x = pack(images, mask)  # (B, C, V*32, 32) for 32-pixel patches
+        for layer in self.net.stem:
+            x = patch_layer(layer, x)  # (B, C1, V*8, 8)
         for stage in self.net.stages:
-            x = stage.downsample(x)
+            for layer in stage.downsample.children():
+                x = patch_layer(layer, x)
             for block in stage.blocks:
-                run = partial(convnext_block, block, depthwise=depthwise, grn_scope=self.grn_scope)
+                run = partial(convnext_block, block, engine=self.engine, mask=mask, grn_scope=self.grn_scope)
                 x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
         return self.net.norm_pre(x)
 

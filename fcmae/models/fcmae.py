@@ -17,6 +17,7 @@ from fcmae.masking import Mask, Masking, patch_grid
 from fcmae.models.decoder import Decoder
 from fcmae.models.encoder import Encoder
 from fcmae.models.targets import Target
+from fcmae.packing import pack
 
 
 class Output(NamedTuple):
@@ -25,7 +26,8 @@ class Output(NamedTuple):
     loss: Tensor
     """Scalar: mean squared error over the hidden patches of the batch, in float32 at least."""
     pred: Tensor
-    """(B, L, p*p*C): the prediction of every patch, pixels ordered (row, column, channel)."""
+    """(B, L-V, p*p*C): the prediction of every hidden patch, in the order of `mask.hidden.index`; of all L patches
+    if that was asked for. Pixels are ordered (row, column, channel)."""
     mask: Mask
 
 
@@ -42,8 +44,13 @@ class FCMAE(nn.Module):
         self.masking = masking
         self.target = target
 
-    def forward(self, images: Tensor, mask: Mask | None = None) -> Output:
+    def forward(self, images: Tensor, mask: Mask | None = None, *, whole: bool = False) -> Output:
         """images (B, C, H, W) -> Output; draws a mask if none is given.
+
+        Args:
+            images: normalised as the model is to see them.
+            mask: what it may see.
+            whole: predict visible patches too. The loss does not need them.
 
         Raises:
             UserError: the images' channels are not the encoder's, their sides are no multiples of the patch, the mask
@@ -51,23 +58,22 @@ class FCMAE(nn.Module):
         """
         mask = self.masking(images) if mask is None else mask
         self._check(images, mask)
+        hidden = mask.hidden
         features = self.encoder(images, mask)  # (B, C4, V*p/32, p/32)
-        pred = self._patches(self.decoder(features, mask), mask)  # (B, L, p*p*C)
-        return Output(self._loss(images, pred, mask), pred, mask)
+        wanted = Mask.everything(len(images), *mask.grid, device=images.device) if whole else hidden
+        pred = self._patches(self.decoder(features, mask, wanted))  # (B, L or L-V, p*p*C)
+        return Output(self._loss(images, _rows(pred, hidden.index) if whole else pred, hidden), pred, mask)
 
-    def _patches(self, pred: Tensor, mask: Mask) -> Tensor:
-        """(B, 32*32*C, H/32, W/32) -> (B, L, p*p*C): the k x k cells of each mask patch become one patch."""
-        (h, w), batch, stride = mask.grid, pred.shape[0], self.encoder.stride
-        k = pred.shape[2] // h
-        x = pred.view(batch, stride, stride, -1, h, k, w, k)  # (B, row, column, C, h, cell row, w, cell column)
-        return x.permute(0, 4, 6, 5, 1, 7, 2, 3).reshape(batch, h * w, -1)
+    def _patches(self, pred: Tensor) -> Tensor:
+        """(B, 32*32*C, n*k, k) -> (B, n, p*p*C): the k x k cells of each of n patches become one patch."""
+        batch, stride, k = pred.shape[0], self.encoder.stride, pred.shape[3]
+        x = pred.view(batch, stride, stride, -1, pred.shape[2] // k, k, k)  # (B, row, column, C, n, cell row, column)
+        return x.permute(0, 4, 5, 1, 6, 2, 3).flatten(2)
 
-    def _loss(self, images: Tensor, pred: Tensor, mask: Mask) -> Tensor:
+    def _loss(self, images: Tensor, pred: Tensor, hidden: Mask) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            target = self.target(images, self.masking.patch_size)  # (B, L, p*p*C)
-            error = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
-            hidden = ~mask.visible.flatten(1)  # (B, L)
-            return (error * hidden).sum() / hidden.sum()
+            target = self.target(pack(images, hidden), self.masking.patch_size)  # (B, L-V, p*p*C)
+            return (pred.to(target.dtype) - target).square().mean()
 
     def _check(self, images: Tensor, mask: Mask) -> None:
         channels = self.encoder.in_chans
@@ -84,3 +90,8 @@ class FCMAE(nn.Module):
                 f"the mask shows {mask.index.shape[1]} of {grid[0] * grid[1]} patches: "
                 "at least one must be visible and one hidden to learn from; change mask_ratio or the image size"
             )
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, D), index (B, n) -> (B, n, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

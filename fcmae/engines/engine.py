@@ -1,0 +1,46 @@
+"""What an engine is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fcmae.masking import Mask
+
+
+class Depthwise(Protocol):
+    """A depthwise convolution: x (B, C, V*p, p), weight (C, 1, k, k), bias (C,) or None -> (B, C, V*p, p)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Tensor: ...
+
+
+class GeluGRNLinear(Protocol):
+    """The second half of a block's MLP: a linear layer of GRN (paper section 4) of GELU(x), the norms over N.
+
+    x (B, N, C), GRN's weight and bias (C,), the layer's weight (D, C) and bias (D,) or None -> (B, N, D).
+    """
+
+    def __call__(
+        self, x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to compute what ConvNeXt's stock layers cannot do, or do slowly, on packed images.
+
+    Attributes:
+        name: as in the configuration.
+        depthwise: the depthwise convolution, the only operation that must know the mask.
+        gelu_grn_linear: activation, response normalisation and linear layer, with little kept for the backward pass.
+    """
+
+    name: str
+    depthwise: Depthwise
+    gelu_grn_linear: GeluGRNLinear
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        from fcmae.engines import get_engine  # a copy, in another process too, is the engine of that name
+
+        return get_engine, (self.name,)
