@@ -15,6 +15,7 @@ from fcmae.config_check import check_choice, check_whole
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.errors import UserError
 from fcmae.launch import build, run
+from fcmae.models.block import compiled_block
 from fcmae.training import report
 from fcmae.training.callbacks.broken_images import BrokenImages
 from fcmae.training.callbacks.checkpoints import Checkpoints, RunInterrupted
@@ -97,8 +98,7 @@ def _build(
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if config.compile:
-        module.model.encoder.compile()
-        module.model.decoder.compile()
+        module.model.encoder.run_block = module.model.decoder.run_block = compiled_block()
     return module, data, trainer
 
 

@@ -91,11 +91,12 @@ def test_equals_the_masked_dense_network_whatever_the_shape(data, h, w, batch, c
     compare(model, images, mask, grn_scope=options["grn_scope"], norm_pix_loss=options["norm_pix_loss"])
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize("grn_scope", ["image", "batch"])
-def test_recomputing_blocks_changes_no_gradient(grn_scope, randomise, draw_mask):
+def test_recomputing_changes_no_gradient(grn_scope, recompute, randomise, draw_mask):
     images, mask = torch.randn(2, 3, 96, 96, dtype=torch.float64), draw_mask(2, 3, 3, 4)
     model = randomise(fcmae.create_model("atto", **SHALLOW, grn_scope=grn_scope)).double()
-    again = fcmae.create_model("atto", **SHALLOW, grn_scope=grn_scope, grad_checkpointing=True).double()
+    again = fcmae.create_model("atto", **SHALLOW, grn_scope=grn_scope, grad_checkpointing=recompute).double()
     again.load_state_dict(model.state_dict())
 
     saved = []

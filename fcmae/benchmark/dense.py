@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fcmae.engines import Engine
 from fcmae.engines import torch as torch_engine
 from fcmae.masking import Mask
-from fcmae.models.block import GRNScope, global_response_norm
+from fcmae.models.block import GRNScope, Recompute, global_response_norm
 from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE, Output
 from fcmae.packing import pack
@@ -54,21 +54,22 @@ class MaskedDenseEncoder(Encoder):
     Args:
         net: timm's ConvNeXt with stem stride 4.
         grn_scope: `image` or `batch`, as in `Encoder`.
-        grad_checkpointing: recompute each block in the backward pass, as in `Encoder`.
+        grad_checkpointing: as in `Encoder`, but for `mlp`, too, whole blocks are computed anew.
     """
 
-    def __init__(self, net: ConvNeXt, *, grn_scope: GRNScope = "image", grad_checkpointing: bool = False) -> None:
+    def __init__(self, net: ConvNeXt, *, grn_scope: GRNScope = "image", grad_checkpointing: Recompute = "none") -> None:
         super().__init__(net, engine=PLAIN, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing)
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
         x = self.net.stem(images)  # (B, C1, H/4, W/4)
+        recompute = self.training and self.grad_checkpointing != "none"
         for stage in self.net.stages:
             x = stage.downsample(x)
             seen = mask.at(x.shape[2] // mask.grid[0]).to(x.dtype)  # (B, 1, H, W)
             for block in stage.blocks:
                 run = partial(_masked_block, block, seen=seen, grn_scope=self.grn_scope)
-                x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
+                x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return pack(self.net.norm_pre(x), mask)
 
 

@@ -43,7 +43,9 @@ def _chosen(device: str) -> Engine:
 def _first_that_works(device: str) -> Engine:
     from fcmae.engines import get_engine
 
-    name = FASTEST.get(device, "torch")
+    if device not in FASTEST:
+        return get_engine("torch")
+    name = FASTEST[device]
     try:
         engine = get_engine(name)
         with torch.enable_grad(), torch.autocast(device, enabled=False):

@@ -34,7 +34,7 @@ def engine() -> Engine:
         UserError: its kernels cannot be compiled or loaded here.
     """
     _library(torch.float32)
-    return build_engine("cpu", Kernels())
+    return build_engine("cpu", Kernels(), device="cpu")
 
 
 class Kernels:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from fcmae.errors import UserError
 from fcmae.masking import Mask
 
 
@@ -39,6 +41,15 @@ class Engine:
     name: str
     depthwise: Depthwise
     gelu_grn_linear: GeluGRNLinear
+    device: str | None = None
+    """The only type of device that it works on, if there is but one."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises UserError if it does not work on `device`."""
+        if self.device is not None and device.type != self.device:
+            raise UserError(
+                f"engine={self.name!r} works on {self.device} alone, the images are on {device.type}: use engine='auto'"
+            )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         from fcmae.engines import get_engine  # a copy, in another process too, is the engine of that name

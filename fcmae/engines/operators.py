@@ -56,12 +56,14 @@ class Kernels(Protocol):
         ...
 
 
-def build_engine(name: str, kernels: Kernels) -> Engine:
+def build_engine(name: str, kernels: Kernels, device: str | None = None) -> Engine:
     """Registers the operators `fcmae::<name>_...`; an engine's file calls it once.
+
+    `device` is the type of device that the kernels work on, if there is but one.
 
     Differentiating twice is refused by torch, which says that the backward operator has no formula of its own.
     """
-    return Engine(name, _depthwise(name, kernels), _gelu_grn_linear(name, kernels))
+    return Engine(name, _depthwise(name, kernels), _gelu_grn_linear(name, kernels), device)
 
 
 def _depthwise(name: str, kernels: Kernels) -> Any:

@@ -3,6 +3,7 @@
 Shapes: x (B, C, H, W), a packed or an ordinary image; inside the block (B, H, W, C), a view of channels-last memory.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,25 +11,50 @@ import torch.nn.functional as F
 from timm.layers import GELU
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
 from fcmae.engines.grn import grn_scale
 from fcmae.masking import Mask
 
 GRNScope = Literal["image", "batch"]
+Recompute = Literal["none", "mlp", "block"]
 
 
 def convnext_block(
-    block: ConvNeXtBlock, x: Tensor, engine: Engine, mask: Mask, grn_scope: GRNScope = "image"
+    block: ConvNeXtBlock,
+    x: Tensor,
+    engine: Engine,
+    mask: Mask,
+    *,
+    grn_scope: GRNScope = "image",
+    recompute: Recompute = "none",
 ) -> Tensor:
-    """One ConvNeXt block, V1 or V2 (paper appendix A, figure 8), on a packed image: (B, C, V*p, p) -> the same."""
+    """One ConvNeXt block, V1 or V2 (paper appendix A, figure 8), on a packed image: (B, C, V*p, p) -> the same.
+
+    What is to be recomputed is not kept for the backward pass.
+    """
+    if recompute == "block":
+        return checkpoint(convnext_block, block, x, engine, mask, grn_scope=grn_scope, use_reentrant=False)
     y = engine.depthwise(x, block.conv_dw.weight, block.conv_dw.bias, mask)
     y = y.permute(0, 2, 3, 1)  # (B, H, W, C)
     y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
-    y = _mlp(block.mlp, y, engine, grn_scope)
+    if recompute == "mlp":
+        y = checkpoint(_mlp, block.mlp, y, engine, grn_scope, use_reentrant=False)
+    else:
+        y = _mlp(block.mlp, y, engine, grn_scope)
     if block.gamma is not None:
         y = y * block.gamma
     return x + block.drop_path(y.permute(0, 3, 1, 2))
+
+
+def compiled_block() -> Callable[..., Tensor]:
+    """`convnext_block` through torch.compile: one graph for all blocks of a stage, so it is quick and shapes are static.
+
+    A network of four stages and a decoder takes five; with drop path each block has its own rate, and graph.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(convnext_block, dynamic=False, fullgraph=True)
 
 
 def _mlp(mlp: Any, x: Tensor, engine: Engine, scope: GRNScope) -> Tensor:

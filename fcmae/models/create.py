@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt
 from fcmae.engines import get_engine
 from fcmae.errors import UserError
 from fcmae.masking import Masking, RandomMask, patch_grid
-from fcmae.models.block import GRNScope, initialize
+from fcmae.models.block import GRNScope, Recompute, initialize
 from fcmae.models.decoder import Decoder
 from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE
@@ -35,7 +35,7 @@ def create_model(
     decoder_dim: int = 512,
     grn_scope: GRNScope = "image",
     drop_path_rate: float = 0.0,
-    grad_checkpointing: bool = False,
+    grad_checkpointing: Recompute = "none",
     engine: str = "auto",
 ) -> FCMAE:
     """A masked autoencoder around a ConvNeXt V2, freshly initialised (truncated normal of deviation 0.02).
@@ -57,7 +57,7 @@ def create_model(
         decoder_dim: their width.
         grn_scope: `image`, or `batch` as in the original PyTorch code.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
-        grad_checkpointing: recompute blocks in the backward pass to save memory.
+        grad_checkpointing: what the encoder computes anew in the backward pass to save memory: none, mlp or block.
         engine: how the depthwise convolution on packed images is computed: auto, or one of `fcmae.engines.NAMES`.
 
     Raises:

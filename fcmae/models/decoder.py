@@ -25,6 +25,7 @@ class Decoder(nn.Module):
     def __init__(self, *, in_channels: int, out_channels: int, engine: Engine, depth: int = 1, dim: int = 512) -> None:
         super().__init__()
         self.engine = engine
+        self.run_block = convnext_block
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=1)
         self.mask_token = nn.Parameter(zeros(1, dim, 1, 1))
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth))
@@ -38,14 +39,13 @@ class Decoder(nn.Module):
         x = where(mask.at(packed.shape[-1]), x, self.mask_token.to(x.dtype))
         everything = Mask.everything(len(x), *x.shape[2:], device=x.device)
         for block in self.blocks:
-            x = _dense_block(block, x, self.engine, everything)
+            x = self.run_block(block, _as_packed(x), self.engine, everything).view(x.shape)
         return _pointwise(self.pred, pack(x, wanted))
 
 
-def _dense_block(block: nn.Module, x: Tensor, engine: Engine, everything: Mask) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): an image whose patches, of one position, are all visible is packed as it is."""
-    packed = x.flatten(2).unsqueeze(-1)  # (B, C, H*W, 1)
-    return convnext_block(block, packed, engine, everything).view(x.shape)  # type: ignore[arg-type]
+def _as_packed(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H*W, 1): an image whose patches, of one position, are all visible is packed as it is."""
+    return x.flatten(2).unsqueeze(-1)
 
 
 def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:

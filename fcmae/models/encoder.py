@@ -1,16 +1,14 @@
 """The sparse encoder: timm's ConvNeXt, its modules and parameters untouched, executed on packed images."""
 
 import math
-from functools import partial
 
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
 from fcmae.errors import UserError
 from fcmae.masking import Mask
-from fcmae.models.block import GRNScope, convnext_block, patch_layer
+from fcmae.models.block import GRNScope, Recompute, convnext_block, patch_layer
 from fcmae.packing import pack
 
 
@@ -26,10 +24,11 @@ class Encoder(nn.Module):
             is kept, frozen at the identity's scale and shift, so that the state dict is timm's.
         engine: computes the depthwise convolution and the activation, see `fcmae.engines`.
         grn_scope: `image`, or `batch` to reproduce the original PyTorch code.
-        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        grad_checkpointing: what the backward pass computes anew instead of keeping its activations: `none`, each
+            `mlp`, or each `block`.
 
     Raises:
-        UserError: an unknown scope, or a network that does not work patch by patch.
+        UserError: an unknown scope or kind of checkpointing, or a network that does not work patch by patch.
     """
 
     stride = 32
@@ -40,11 +39,13 @@ class Encoder(nn.Module):
         *,
         engine: Engine,
         grn_scope: GRNScope = "image",
-        grad_checkpointing: bool = False,
+        grad_checkpointing: Recompute = "none",
     ) -> None:
         super().__init__()
         if grn_scope not in ("image", "batch"):
             raise UserError(f"grn_scope={grn_scope!r} is unknown: use 'image' or 'batch'")
+        if grad_checkpointing not in ("none", "mlp", "block"):
+            raise UserError(f"grad_checkpointing={grad_checkpointing!r} is unknown: use 'none', 'mlp' or 'block'")
         _check_patchwise(net)
         self.net = net
         self.net.head.requires_grad_(False)
@@ -52,18 +53,24 @@ class Encoder(nn.Module):
         self.engine = engine
         self.grn_scope = grn_scope
         self.grad_checkpointing = grad_checkpointing
+        self.run_block = convnext_block
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
-        """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
+        """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32.
+
+        Raises:
+            UserError: the engine cannot work on the images' device.
+        """
+        self.engine.check_device(images.device)
         x = pack(images, mask)  # (B, C, V*32, 32) for 32-pixel patches
         for layer in self.net.stem:
             x = patch_layer(layer, x)  # (B, C1, V*8, 8)
+        recompute = self.grad_checkpointing if self.training else "none"
         for stage in self.net.stages:
             for layer in stage.downsample.children():
                 x = patch_layer(layer, x)
             for block in stage.blocks:
-                run = partial(convnext_block, block, engine=self.engine, mask=mask, grn_scope=self.grn_scope)
-                x = checkpoint(run, x, use_reentrant=False) if self.grad_checkpointing and self.training else run(x)
+                x = self.run_block(block, x, self.engine, mask, grn_scope=self.grn_scope, recompute=recompute)
         return self.net.norm_pre(x)
 
 

@@ -83,7 +83,8 @@ class PretrainModule(L.LightningModule):
             self.optim.warmup_epochs * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         )
         peak = self.optim.peak_lr(self.effective_batch)
-        optimizer = self.optim.optimizer(self.model, lr=peak)
+        fused = not self.trainer.gradient_clip_val  # Lightning does not clip gradients for fused optimisers
+        optimizer = self.optim.optimizer(self.model, lr=peak, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: (
