@@ -82,6 +82,7 @@ def _build(
         model=build(config.model), optim=build(config.optim), seed=config.seed, description=description
     )
     trainer = _trainer(config, folder, data, console)
+    module.model.encoder.engine.check_device(trainer.strategy.root_device)
     module.effective_batch = set_accumulation(
         trainer, batch_size=data.batch_size, effective_batch=config.effective_batch
     )

@@ -7,6 +7,7 @@ Shapes: B images, C channels, (H, W) positions of the full map at this depth of 
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
 from fcmae.engines import torch as torch_engine
+from fcmae.engines.grn import take_rows
 from fcmae.masking import Mask
 from fcmae.models.block import GRNScope, Recompute, global_response_norm
 from fcmae.models.encoder import Encoder
@@ -26,9 +28,15 @@ from fcmae.packing import pack
 
 
 def _plain_gelu_grn_linear(
-    x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None
+    x: Tensor,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    return F.linear(global_response_norm(F.gelu(x), grn_weight, grn_bias), weight, bias)
+    y = global_response_norm(F.gelu(x), grn_weight, grn_bias)
+    return F.linear(y if rows is None else take_rows(y, rows), weight, bias)
 
 
 PLAIN = Engine("plain", torch_engine.depthwise, _plain_gelu_grn_linear)
@@ -59,6 +67,7 @@ class MaskedDenseEncoder(Encoder):
 
     def __init__(self, net: ConvNeXt, *, grn_scope: GRNScope = "image", grad_checkpointing: Recompute = "none") -> None:
         super().__init__(net, engine=PLAIN, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing)
+        self.run_masked_block = _masked_block
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         """images (B, C, H, W) -> packed features of the last stage (B, C4, V*p, p), p = mask patch / 32."""
@@ -68,7 +77,7 @@ class MaskedDenseEncoder(Encoder):
             x = stage.downsample(x)
             seen = mask.at(x.shape[2] // mask.grid[0]).to(x.dtype)  # (B, 1, H, W)
             for block in stage.blocks:
-                run = partial(_masked_block, block, seen=seen, grn_scope=self.grn_scope)
+                run = partial(self.run_masked_block, block, seen=seen, grn_scope=self.grn_scope)
                 x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return pack(self.net.norm_pre(x), mask)
 
@@ -84,6 +93,11 @@ def as_dense(model: FCMAE) -> FCMAE:
     parts.decoder.engine = PLAIN
     dense = MaskedDenseFCMAE(encoder=encoder, decoder=parts.decoder, masking=parts.masking, target=parts.target)
     return dense.train(model.training)
+
+
+def compiled_masked_block() -> Callable[..., Tensor]:
+    """The dense block through torch.compile, one graph for all blocks of a stage, as `compiled_block` is for ours."""
+    return torch.compile(_masked_block, dynamic=False, fullgraph=True)
 
 
 def _masked_block(block: Any, x: Tensor, seen: Tensor, grn_scope: GRNScope) -> Tensor:

@@ -1,6 +1,6 @@
 """Engine `auto`: on each device the fastest of the others that works there, chosen by rule, not by timing."""
 
-import warnings
+import logging
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch import Tensor
 from fcmae.engines.check import errors
 from fcmae.engines.engine import Engine
 from fcmae.masking import Mask
+
+log = logging.getLogger(__name__)
 
 FASTEST = {"cuda": "triton", "cpu": "cpu"}  # by type of device; on others, torch
 TOLERANCE = 1e-4  # of the first test; float32 stays below 1e-6
@@ -19,9 +21,16 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Ten
     return _chosen(x.device.type).depthwise(x, weight, bias, mask)
 
 
-def gelu_grn_linear(x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gelu_grn_linear(
+    x: Tensor,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """The chosen engine's second half of an MLP."""
-    return _chosen(x.device.type).gelu_grn_linear(x, grn_weight, grn_bias, weight, bias)
+    return _chosen(x.device.type).gelu_grn_linear(x, grn_weight, grn_bias, weight, bias, rows)
 
 
 @torch.compiler.assume_constant_result
@@ -54,7 +63,7 @@ def _first_that_works(device: str) -> Engine:
             raise RuntimeError(f"its results are off by {worst:.1e}")
     except Exception as error:  # whatever a compiler or a driver may come up with, training goes on without it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"engine 'torch' is used on {device}, since {name!r} does not work: {reason}", stacklevel=2)
+        log.warning("engine 'torch' is used on %s, since %r does not work: %s", device, name, reason)
         return get_engine("torch")
     return engine
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fcmae.engines.engine import Engine
 from fcmae.engines.native import load_library
 from fcmae.engines.operators import build_engine, sums
+from fcmae.errors import UserError
 
 SOURCE = Path(__file__).with_name("cpu.c")
 ELEMENTS = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.float64: "DOUBLE"}
@@ -33,7 +34,10 @@ def engine() -> Engine:
     Raises:
         UserError: its kernels cannot be compiled or loaded here.
     """
-    _library(torch.float32)
+    try:
+        _library(torch.float32)
+    except UserError as error:
+        raise UserError(f"engine='cpu' does not work here, use engine=torch: {error}") from error
     return build_engine("cpu", Kernels(), device="cpu")
 
 

@@ -20,11 +20,18 @@ class Depthwise(Protocol):
 class GeluGRNLinear(Protocol):
     """The second half of a block's MLP: a linear layer of GRN (paper section 4) of GELU(x), the norms over N.
 
-    x (B, N, C), GRN's weight and bias (C,), the layer's weight (D, C) and bias (D,) or None -> (B, N, D).
+    x (B, N, C), GRN's weight and bias (C,), the layer's weight (D, C) and bias (D,) or None -> (B, N, D); given
+    rows (B, n), the linear layer is applied to those alone -> (B, n, D).
     """
 
     def __call__(
-        self, x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        x: Tensor,
+        grn_weight: Tensor,
+        grn_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -31,10 +31,20 @@ class GeluGRN(NamedTuple):
 
 
 def gelu_grn_linear(
-    gelu_grn: GeluGRN, x: Tensor, grn_weight: Tensor, grn_bias: Tensor, weight: Tensor, bias: Tensor | None
+    gelu_grn: GeluGRN,
+    x: Tensor,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """x (B, N, C), GRN's weight and bias (C,), the linear layer's weight (D, C) and bias (D,) -> (B, N, D)."""
-    y: Tensor = _GeluGRNLinear.apply(gelu_grn, x.contiguous(), grn_weight, grn_bias, weight, bias)
+    """x (B, N, C), GRN's weight and bias (C,), the linear layer's weight (D, C) and bias (D,) -> (B, N, D).
+
+    Given rows (B, n), those positions take part in the norms as ever, but the linear layer is applied to them alone:
+    (B, n, D).
+    """
+    y: Tensor = _GeluGRNLinear.apply(gelu_grn, x.contiguous(), grn_weight, grn_bias, weight, bias, rows)
     return y
 
 
@@ -48,22 +58,32 @@ class _GeluGRNLinear(torch.autograd.Function):
         grn_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor:
         norm = gelu_grn.norm(x)
-        ctx.save_for_backward(x, norm, grn_weight, grn_bias, weight)
+        ctx.save_for_backward(x, norm, grn_weight, grn_bias, weight, rows)
         ctx.gelu_grn, ctx.bias_dtype = gelu_grn, None if bias is None else bias.dtype
-        return F.linear(gelu_grn.output(x, norm, grn_weight, grn_bias), weight, bias)
+        y = gelu_grn.output(x, norm, grn_weight, grn_bias)
+        return F.linear(y if rows is None else take_rows(y, rows), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, grn_weight, grn_bias, weight = ctx.saved_tensors
-        rows = grad.flatten(0, 1)  # (B*N, D)
-        of_bias = None if ctx.bias_dtype is None else rows.sum(0, dtype=norm.dtype).to(ctx.bias_dtype)
-        of_x = (rows @ weight.to(grad.dtype)).view(x.shape)  # at first of y
+        x, norm, grn_weight, grn_bias, weight, rows = ctx.saved_tensors
+        flat = grad.flatten(0, 1)  # (B*n, D)
+        of_bias = None if ctx.bias_dtype is None else flat.sum(0, dtype=norm.dtype).to(ctx.bias_dtype)
+        of_x = (flat @ weight.to(grad.dtype)).view(len(x), -1, x.shape[2])  # at first of y
+        if rows is not None:
+            of_x = torch.zeros_like(x).scatter_(1, rows[:, :, None].expand_as(of_x), of_x)
         y, *of_grn = ctx.gelu_grn.backward(of_x, x, norm, grn_weight, grn_bias)
-        of_weight = (rows.t() @ y.flatten(0, 1)).to(weight.dtype)
-        return None, of_x, *of_grn, of_weight, of_bias
+        y = y if rows is None else take_rows(y, rows)
+        of_weight = (flat.t() @ y.flatten(0, 1)).to(weight.dtype)
+        return None, of_x, *of_grn, of_weight, of_bias, None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, C), rows (B, n) -> (B, n, C)."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def grn_scale(norm: Tensor, weight: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU
-from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
-from fcmae.engines.grn import grn_scale
+from fcmae.engines.grn import grn_scale, take_rows
 from fcmae.masking import Mask
 
 GRNScope = Literal["image", "batch"]
@@ -22,34 +21,38 @@ Recompute = Literal["none", "mlp", "block"]
 
 
 def convnext_block(
-    block: ConvNeXtBlock,
+    block: Any,  # timm's ConvNeXtBlock
     x: Tensor,
     engine: Engine,
     mask: Mask,
     *,
     grn_scope: GRNScope = "image",
     recompute: Recompute = "none",
+    rows: Tensor | None = None,
 ) -> Tensor:
     """One ConvNeXt block, V1 or V2 (paper appendix A, figure 8), on a packed image: (B, C, V*p, p) -> the same.
 
-    What is to be recomputed is not kept for the backward pass.
+    What is to be recomputed is not kept for the backward pass. Given rows (B, n), the result is wanted at those of the
+    V*p*p positions alone: (B, C, n, 1).
     """
     if recompute == "block":
-        return checkpoint(convnext_block, block, x, engine, mask, grn_scope=grn_scope, use_reentrant=False)
+        return checkpoint(convnext_block, block, x, engine, mask, grn_scope=grn_scope, rows=rows, use_reentrant=False)
     y = engine.depthwise(x, block.conv_dw.weight, block.conv_dw.bias, mask)
     y = y.permute(0, 2, 3, 1)  # (B, H, W, C)
     y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
     if recompute == "mlp":
-        y = checkpoint(_mlp, block.mlp, y, engine, grn_scope, use_reentrant=False)
+        y = checkpoint(_mlp, block.mlp, y, engine, grn_scope, rows, use_reentrant=False)
     else:
-        y = _mlp(block.mlp, y, engine, grn_scope)
+        y = _mlp(block.mlp, y, engine, grn_scope, rows)
+    if rows is not None:
+        x = take_rows(x.flatten(2).transpose(1, 2), rows).transpose(1, 2)[..., None]  # (B, C, n, 1)
     if block.gamma is not None:
         y = y * block.gamma
     return x + block.drop_path(y.permute(0, 3, 1, 2))
 
 
 def compiled_block() -> Callable[..., Tensor]:
-    """`convnext_block` through torch.compile: one graph for all blocks of a stage, so it is quick and shapes are static.
+    """`convnext_block` through torch.compile, for static shapes: one graph serves all blocks of a stage.
 
     A network of four stages and a decoder takes five; with drop path each block has its own rate, and graph.
     """
@@ -57,20 +60,23 @@ def compiled_block() -> Callable[..., Tensor]:
     return torch.compile(convnext_block, dynamic=False, fullgraph=True)
 
 
-def _mlp(mlp: Any, x: Tensor, engine: Engine, scope: GRNScope) -> Tensor:
-    """(B, H, W, C) -> (B, H, W, C).
+def _mlp(mlp: Any, x: Tensor, engine: Engine, scope: GRNScope, rows: Tensor | None) -> Tensor:
+    """(B, H, W, C) -> (B, H, W, C), or (B, n, 1, C) given rows (B, n).
 
     A packed image holds just the visible positions, so GRN's norms are over those alone: with scope `image` over those
     of one image, with `batch` over those of all, as in the original's sparse PyTorch code.
     """
+    assert rows is None or scope == "image", "rows are those of an image"
+    shape = x.shape if rows is None else (*rows.shape, 1, x.shape[3])
     h = linear(mlp.fc1, x.flatten(0, 2)[None] if scope == "batch" else x.flatten(1, 2))  # (B or 1, N, 4C)
     grn = getattr(mlp, "grn", None)  # V1 has none
     if grn is not None and isinstance(mlp.act, GELU):
-        y = engine.gelu_grn_linear(h, grn.weight, grn.bias, mlp.fc2.weight.flatten(1), mlp.fc2.bias)
+        y = engine.gelu_grn_linear(h, grn.weight, grn.bias, mlp.fc2.weight.flatten(1), mlp.fc2.bias, rows)
     else:
         h = mlp.act(h)
-        y = linear(mlp.fc2, h if grn is None else global_response_norm(h, grn.weight, grn.bias))
-    return y.view(x.shape)
+        h = h if grn is None else global_response_norm(h, grn.weight, grn.bias)
+        y = linear(mlp.fc2, h if rows is None else take_rows(h, rows))
+    return y.view(shape)
 
 
 def global_response_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The lightweight decoder: a plain dense ConvNeXt V2 block over encoded patches and mask tokens."""
 
+import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn, where, zeros
 
@@ -38,9 +39,21 @@ class Decoder(nn.Module):
         x = unpack(_pointwise(self.proj, packed), mask)  # (B, dim, hs, ws)
         x = where(mask.at(packed.shape[-1]), x, self.mask_token.to(x.dtype))
         everything = Mask.everything(len(x), *x.shape[2:], device=x.device)
-        for block in self.blocks:
+        whole = wanted.index.shape[1] == wanted.slots[0].numel()
+        for block in self.blocks if whole else self.blocks[:-1]:
             x = self.run_block(block, _as_packed(x), self.engine, everything).view(x.shape)
-        return _pointwise(self.pred, pack(x, wanted))
+        if whole or not self.blocks:
+            return _pointwise(self.pred, pack(x, wanted))
+        cells = _cells(x, wanted)  # all that the last block need compute, once it has its norms
+        x = self.run_block(self.blocks[-1], _as_packed(x), self.engine, everything, rows=cells)  # (B, dim, n*p*p, 1)
+        p = packed.shape[-1]
+        return _pointwise(self.pred, x).view(len(x), -1, cells.shape[1] // p, p)
+
+
+def _cells(x: Tensor, wanted: Mask) -> Tensor:
+    """Which positions of x (B, C, H, W), row by row, lie in the n wanted patches, in packed order: (B, n*p*p)."""
+    numbers = torch.arange(x.shape[2] * x.shape[3], device=x.device).view(1, 1, *x.shape[2:])
+    return pack(numbers.expand(len(x), -1, -1, -1), wanted).flatten(1)
 
 
 def _as_packed(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fcmae.engines.grn import take_rows
 from fcmae.errors import UserError
 from fcmae.masking import Mask, Masking, patch_grid
 from fcmae.models.decoder import Decoder
@@ -62,7 +63,7 @@ class FCMAE(nn.Module):
         features = self.encoder(images, mask)  # (B, C4, V*p/32, p/32)
         wanted = Mask.everything(len(images), *mask.grid, device=images.device) if whole else hidden
         pred = self._patches(self.decoder(features, mask, wanted))  # (B, L or L-V, p*p*C)
-        return Output(self._loss(images, _rows(pred, hidden.index) if whole else pred, hidden), pred, mask)
+        return Output(self._loss(images, take_rows(pred, hidden.index) if whole else pred, hidden), pred, mask)
 
     def _patches(self, pred: Tensor) -> Tensor:
         """(B, 32*32*C, n*k, k) -> (B, n, p*p*C): the k x k cells of each of n patches become one patch."""
@@ -90,8 +91,3 @@ class FCMAE(nn.Module):
                 f"the mask shows {mask.index.shape[1]} of {grid[0] * grid[1]} patches: "
                 "at least one must be visible and one hidden to learn from; change mask_ratio or the image size"
             )
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, L, D), index (B, n) -> (B, n, D)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,5 +1,6 @@
 """The Lightning module of pre-training."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -8,10 +9,13 @@ from torch import Tensor
 
 from fcmae.data.dataset import mix_seed
 from fcmae.data.source import Batch
+from fcmae.engines.auto import choose
 from fcmae.evaluation.trivial import trivial_losses
 from fcmae.masking import Mask
 from fcmae.models.fcmae import FCMAE
 from fcmae.training.optimization import AdamW
+
+log = logging.getLogger(__name__)
 
 
 class PretrainModule(L.LightningModule):
@@ -35,6 +39,11 @@ class PretrainModule(L.LightningModule):
         self.description = description
         self.effective_batch = 0
         self._step_losses: list[Tensor] = []
+
+    def on_fit_start(self) -> None:
+        """Says which engine computes; only now is this process's device in use."""
+        name = self.model.encoder.engine.name
+        log.info("engine: %s", f"{choose(self.device.type)} (auto)" if name == "auto" else name)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # So a resumed run draws the masks that it would have drawn: no state to save, none to lose.
