@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcmae
-from fcmae.models.block import global_response_norm
+from fcmae.models.block import compiled_block, global_response_norm
 from fcmae.models.targets import Pixels
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "decoder_dim": 16, "image_size": 96}
@@ -94,6 +94,24 @@ def test_compiles_without_a_break(backend, randomise, draw_mask):
             features.square().mean().backward()
             results.append({"features": features.detach()} | gradients(encoder))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_compiled_blocks_are_the_blocks_and_share_graphs(recompute, randomise, draw_mask):
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    options = SMALL | {"depths": [2, 2, 3, 2], "decoder_depth": 2, "grad_checkpointing": recompute}
+    model = randomise(fcmae.create_model(**options))
+    images, mask = torch.randn(2, 3, 96, 96), draw_mask(2, 3, 3, 4)
+    model(images, mask).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.encoder.run_block = model.decoder.run_block = compiled_block(counter)
+    for _ in range(2):
+        model(images, draw_mask(2, 3, 3, 4))  # other data for the same graphs
+    model(images, mask).loss.backward()
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 4 + 2  # one per stage; the decoder's last block computes less than its first
 
 
 def test_bfloat16_autocast_stays_close_and_finite(randomise):

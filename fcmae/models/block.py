@@ -51,13 +51,13 @@ def convnext_block(
     return x + block.drop_path(y.permute(0, 3, 1, 2))
 
 
-def compiled_block() -> Callable[..., Tensor]:
+def compiled_block(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
     """`convnext_block` through torch.compile, for static shapes: one graph serves all blocks of a stage.
 
     A network of four stages and a decoder takes five; with drop path each block has its own rate, and graph.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(convnext_block, dynamic=False, fullgraph=True)
+    return torch.compile(convnext_block, dynamic=False, fullgraph=True, backend=backend)
 
 
 def _mlp(mlp: Any, x: Tensor, engine: Engine, scope: GRNScope, rows: Tensor | None) -> Tensor:
