@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def _depthwise(
     batch, patches, p, _, channels = tokens.shape
     block = library.block_of(p)
     blocks = -(-channels // block)
-    shape = torch.tensor([patches, p, channels, k, *slots.shape[1:]])
+    shape = (ctypes.c_int64 * 6)(patches, p, channels, k, *slots.shape[1:])
     if taps is not None:  # padded to whole blocks, a block's taps together
         taps = torch.nn.functional.pad(taps, (0, blocks * block - channels))
         taps = taps.view(k * k, blocks, block).transpose(0, 1).contiguous()
@@ -122,8 +123,11 @@ def _partial_sums(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], _segments(x) // x.shape[0], x.shape[2], dtype=sums(x.dtype))
 
 
-def _run(function: Callable[..., int], tasks: int, *arguments: Tensor | int | None) -> None:
-    """Calls function(first, last, ...) so that all tasks are done, on as many threads as torch uses."""
+def _run(function: Callable[..., int], tasks: int, *arguments: Any) -> None:
+    """Calls function(first, last, ...) so that all tasks are done, on as many threads as torch uses.
+
+    The other arguments are tensors, whole numbers, None, or what ctypes knows.
+    """
     # Tensors stay referenced by `arguments` until all is done; ctypes lets go of Python's lock during a call.
     values = [_c_value(argument) for argument in arguments]
     threads = min(torch.get_num_threads(), tasks)
@@ -137,10 +141,10 @@ def _run(function: Callable[..., int], tasks: int, *arguments: Tensor | int | No
         raise MemoryError("engine 'cpu': no memory for the map of one block of channels")
 
 
-def _c_value(argument: Tensor | int | None) -> ctypes.c_int64 | ctypes.c_void_p:
+def _c_value(argument: Any) -> Any:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
 
 
 @functools.cache
