@@ -1,11 +1,10 @@
-"""How fast is a pre-training step, and how much memory does it keep? Compared with the masked dense network.
+"""How fast is a pre-training step, how much memory does it need, and does the loader keep up?
 
 python -m fcmae.bench +model=tiny batch_size=8 precision=32 device=cpu threads=1 repeats=9 json=out.json
 """
 
-import json
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,78 +13,116 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fcmae import launch
-from fcmae.benchmark.report import build_report, headline, table
-from fcmae.benchmark.step import Conditions, build_variants, measure_training
+from fcmae.benchmark.conditions import Conditions
+from fcmae.benchmark.doctor import Finding, choose_engines
+from fcmae.benchmark.out_of_memory import within_memory
+from fcmae.benchmark.outputs import check_outputs, write_outputs
+from fcmae.benchmark.report import Report, describe
+from fcmae.benchmark.run import describe_patches, run_loader, run_steps, run_training
+from fcmae.benchmark.tables import headline, tables
+from fcmae.benchmark.variants import check_baselines
+from fcmae.config_check import check_choice
+from fcmae.data.datamodule import ImageDataModule
 from fcmae.errors import UserError
-from fcmae.files import write_text
 from fcmae.models.fcmae import FCMAE
 
 
 def bench(config: DictConfig) -> None:
-    """Measures, prints a table and, if `json` names a file, writes all numbers there.
+    """Measures, prints tables, and writes all numbers to `json` and a picture to `plot`, if these name files.
 
     Raises:
-        UserError: a value out of its bounds, a device that this machine lacks, or a file that cannot be written.
+        UserError: a value out of its bounds, a device or an engine that this machine lacks, too little memory, or a
+            file that cannot be written.
     """
-    path = None if config.json is None else _writable(Path(config.json))
-    conditions = Conditions(
-        batch_size=config.batch_size,
-        image_size=_height_and_width(config.model.image_size),
+    console = Console()
+    console = console if console.width >= 120 else Console(width=120)  # a log file says 80, and cuts the tables
+    conditions = _check(config)
+    findings = [] if config.engines is None or config.what == "loader" else _examine(config, conditions)
+    for finding in findings:
+        if finding.reason is not None:
+            console.print(
+                f"{finding.name} is left out: {finding.reason}", highlight=False, markup=False, soft_wrap=True
+            )
+
+    def run(batch_size: int) -> Report:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            return _run(config, replace(conditions, batch_size=batch_size), findings, progress)
+
+    report = within_memory(run, conditions.batch_size, halve=config.halve, say=console.print)
+    console.print(headline(report), highlight=False, markup=False)
+    for table in tables(report):
+        console.print(table)
+    for name in write_outputs(report, json=config.json, plot=config.plot):
+        console.print(f"written: {name}", highlight=False, markup=False)
+
+
+def _run(config: DictConfig, conditions: Conditions, findings: Sequence[Finding], progress: Progress) -> Report:
+    bars: dict[str, Any] = {}
+
+    def advance(name: str, total: int) -> None:
+        if name not in bars:
+            bars[name] = progress.add_task(name, total=total)
+        progress.advance(bars[name])
+
+    def build(device: str) -> FCMAE:
+        torch.manual_seed(conditions.seed)
+        with torch.device(device):
+            model: FCMAE = launch.build(config.model)
+        return model
+
+    model = _plain(config.model) | describe_patches(build, conditions.image_size)
+    report = describe(config.what, conditions, model, findings)
+    working = [finding.engine for finding in findings if finding.engine is not None]
+    engines = working if findings else None
+    if config.what == "step":
+        baselines = check_baselines(_plain(config.baselines))
+        return report | run_steps(build, conditions, baselines=baselines, engines=engines, progress=advance)
+    data: ImageDataModule = launch.build(config.data, batch_size=conditions.batch_size)
+    if config.what == "loader":
+        return report | run_loader(data, conditions, advance)
+    return report | run_training(build, data, conditions, engines=engines, progress=advance)
+
+
+def _check(config: DictConfig) -> Conditions:
+    """Everything that can be checked before something is built."""
+    check_choice(config, "what", ("step", "loader", "training"))
+    check_choice(config, "halve", (True, False))
+    check_outputs(json=config.json, plot=config.plot, what=config.what)
+    check_baselines(_plain(config.baselines))
+    if config.what != "step":
+        _check_data(config)
+    sides = [config.model.image_size] * 2 if isinstance(config.model.image_size, int) else config.model.image_size
+    if len(sides) != 2:
+        raise UserError(f"model.image_size={sides} must be one side or two, [height, width]")
+    names = ("batch_size", "threads", "repeats", "warmup", "clock", "compile", "optimizer", "seed")
+    return Conditions(
+        image_size=(sides[0], sides[1]),
         precision=str(config.precision),
         device=str(config.device),
-        threads=config.threads,
-        repeats=config.repeats,
-        warmup=config.warmup,
-        clock=config.clock,
-        compile=config.compile,
-        seed=config.seed,
+        **{name: config[name] for name in names},
     )
-    torch.manual_seed(conditions.seed)
-    model = launch.build(config.model)
-    visible = _visible_patches(model, conditions.image_size)
-    variants = build_variants(model)
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        rounds = conditions.warmup + conditions.repeats
-        bars = {name: progress.add_task(name, total=rounds) for name in variants}
-        measurements = measure_training(variants, conditions, lambda name: progress.advance(bars[name]))
-
-    report = build_report(measurements, conditions, _describe(config.model) | visible)
-    console = Console()
-    console = console if console.width >= 100 else Console(width=100)  # a log file says 80, and cuts the table
-    console.print(headline(report), highlight=False)
-    console.print(table(report))
-    if path is not None:
-        write_text(path, json.dumps(report, indent=2) + "\n")
-        console.print(f"all numbers: {path}", highlight=False)
 
 
-def _describe(model: DictConfig) -> dict[str, Any]:
-    arguments = OmegaConf.to_container(model, resolve=True)
-    assert isinstance(arguments, dict)
-    return {str(name): value for name, value in arguments.items()}
+def _check_data(config: DictConfig) -> None:
+    if config.get("data") is None:
+        raise UserError(f"what={config.what} needs images: add data=digits, or data=folder data.path=DIR")
+    for name in ("image_size", "in_chans"):
+        if config.model[name] != config.data[name]:
+            raise UserError(
+                f"model.{name}={config.model[name]} differs from data.{name}={config.data[name]}: "
+                f"set data.{name}, which the model follows"
+            )
 
 
-def _visible_patches(model: FCMAE, image_size: tuple[int, int]) -> dict[str, int]:
-    mask = model.masking(torch.zeros(1, model.encoder.in_chans, *image_size))
-    return {"patches": mask.visible[0].numel(), "visible_patches": mask.index.shape[1]}
+def _examine(config: DictConfig, conditions: Conditions) -> list[Finding]:
+    findings = choose_engines(_plain(config.engines), conditions.device, [torch.float32, conditions.dtype])
+    if all(finding.engine is None for finding in findings):
+        raise UserError("no engine works here: " + "; ".join(str(finding.reason) for finding in findings))
+    return findings
 
 
-def _height_and_width(image_size: int | list[int]) -> tuple[int, int]:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return height, width
-
-
-def _writable(path: Path) -> Path:
-    # Tried before the measurement, which takes minutes.
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"json={path} cannot be written: name a file in a folder where you may write") from error
-    return path
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """The benchmark compares like with like and reports what it measured. How fast anything is, is not tested."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import hydra
 import pytest
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import fcmae
-from fcmae.bench import bench
+from fcmae.benchmark import doctor
+from fcmae.benchmark.arithmetic import flop_per_step, matmul_peak
+from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.dense import MaskedDenseEncoder, as_dense
 from fcmae.benchmark.measure import Times, cpu_peak, measure_times, process_clock, saved_activations, wall_clock
-from fcmae.benchmark.step import Conditions, build_variants, check_agreement, measure_training
+from fcmae.benchmark.out_of_memory import within_memory
+from fcmae.benchmark.same_kernels import as_same_kernels
+from fcmae.benchmark.step import build_optimizer, check_agreement, measure_training, training_step
+from fcmae.benchmark.variants import BASELINES, build_variants
+from fcmae.engines import Engine, get_engine
+from fcmae.engines.torch import engine as torch_engine
 
 MICRO = {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64], "decoder_dim": 16, "image_size": 96}
 
@@ -26,7 +30,7 @@ MICRO = {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64], "decoder_dim": 16, "im
         ("atto", {"depths": [1, 1, 2, 1]}),  # 1x1 convolutions in the MLPs
         ("tiny", {"depths": [1, 1, 2, 1]}),  # linear layers
         ("custom", MICRO | {"patch_size": 64, "image_size": 192, "grn_scope": "batch"}),
-        ("custom", MICRO | {"grad_checkpointing": True, "in_chans": 2}),
+        ("custom", MICRO | {"grad_checkpointing": "block", "in_chans": 2}),
     ],
 )
 def test_dense_baseline_is_the_packed_model(
@@ -58,11 +62,33 @@ def test_dense_baseline_is_the_packed_model(
         torch.testing.assert_close(results[1][name], ours, rtol=1e-9, atol=1e-12 * ours.abs().max().item(), msg=name)
 
 
-def test_dense_baseline_shares_nothing_with_the_model() -> None:
-    model = fcmae.create_model(**MICRO)
-    dense = as_dense(model)
-    ours = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not ours & {parameter.data_ptr() for parameter in dense.parameters()}
+def test_variants_share_no_weights() -> None:
+    variants = build_variants(fcmae.create_model(**MICRO), baselines=tuple(BASELINES))
+    assert list(variants) == ["dense", "dense compiled", "same kernels", "packed"]
+    places = [{parameter.data_ptr() for parameter in variant.parameters()} for variant in variants.values()]
+    assert len(set.union(*places)) == sum(map(len, places))
+    values = [torch.cat([p.flatten() for p in variant.parameters()]) for variant in variants.values()]
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+@pytest.mark.parametrize(("patch", "grn_scope"), [(32, "image"), (64, "image"), (32, "batch")])
+def test_same_kernels_sees_everything_and_keeps_what_is_visible(
+    patch: int, grn_scope: Any, randomise: Callable[[nn.Module], nn.Module], draw_mask: Callable[..., fcmae.Mask]
+) -> None:
+    options = MICRO | {"image_size": 3 * patch, "patch_size": patch, "grn_scope": grn_scope}
+    packed = fcmae.create_model(**options).double()
+    randomise(packed)
+    full = as_same_kernels(packed)
+    images, mask = torch.randn(2, 3, 3 * patch, 3 * patch, dtype=torch.float64), draw_mask(2, 3, 3, 4)
+    everything = fcmae.Mask.everything(2, 3, 3)
+    of_all = packed.encoder(images, everything)  # (B, C, 9*p, p)
+    torch.testing.assert_close(full.encoder(images, everything), of_all, rtol=1e-12, atol=0)
+
+    p = patch // 32
+    seen = of_all.view(2, 64, 9, p, p).gather(2, mask.index.view(2, 1, 4, 1, 1).expand(-1, 64, -1, p, p))
+    torch.testing.assert_close(full.encoder(images, mask), seen.view(2, 64, 4 * p, p), rtol=1e-12, atol=0)
+    assert full(images, mask).pred.shape == packed(images, mask).pred.shape
+    assert not torch.equal(full.encoder(images, mask), packed.encoder(images, mask))
 
 
 def test_saved_activations_counts_each_storage_once() -> None:
@@ -129,6 +155,125 @@ def test_disagreeing_variants_are_not_measured() -> None:
         variants["packed"].encoder.net.stages[3].blocks[0].mlp.grn.bias += 0.5
     with pytest.raises(RuntimeError, match="packed does not compute what dense computes"):
         check_agreement(variants, images, mask, seed=0)
+    check_agreement({name: variants[name] for name in ("same kernels", "packed")}, images, mask, seed=0)
+
+
+def test_without_an_optimiser_a_step_changes_nothing() -> None:
+    model = fcmae.create_model(**MICRO)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(2, 3, 96, 96)
+    masks = [model.masking(images)]
+    training_step(model, None, images, masks, "32")()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    training_step(model, build_optimizer(model), images, masks, "32")()
+    after = model.state_dict()
+    assert not any(torch.equal(after[name], before[name]) for name in after if name.endswith("fc1.weight"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compiled(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[fcmae.FCMAE] = []
+    monkeypatch.setattr("fcmae.benchmark.step.compile_parts", done.append)
+    variants = build_variants(fcmae.create_model(**MICRO), baselines=tuple(BASELINES))
+    conditions = Conditions(batch_size=1, image_size=(96, 96), repeats=1, warmup=0, compile=compiled)
+    measured = measure_training(variants, conditions)
+    assert list(measured) == list(variants)
+    expected = ["dense compiled", *(["same kernels", "packed"] if compiled else [])]
+    assert done == [variants[name] for name in expected]
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_arithmetic_equals_a_count_by_hand(recompute: str) -> None:
+    with torch.device("meta"):
+        variants = build_variants(
+            fcmae.create_model(**MICRO, grad_checkpointing=recompute), engines=[get_engine("torch"), get_engine("auto")]
+        )
+    images = torch.empty(2, 3, 96, 96, device="meta")
+    counted = {name: flop_per_step(variant, images) for name, variant in variants.items()}
+
+    def by_hand(seen: int, predicted: int) -> int:
+        """Of one image: two per multiply-add, forward and twice as much backward, but for the images' own gradient."""
+        stem = seen * 64 * (4 * 4 * 3) * 8
+        rest = 3 * 64 * 16 + 9 * (49 * 16 + 16 * 64) + predicted * (64 * 16 + 16 * 32 * 32 * 3)  # the decoder
+        for depth, channels, positions in ((1, 8, 64), (1, 16, 16), (2, 32, 4), (1, 64, 1)):
+            rest += seen * positions * depth * (49 * channels + 2 * channels * 4 * channels)
+        for channels, positions in ((8, 16), (16, 4), (32, 1)):  # downsampling
+            rest += seen * positions * (2 * 2 * channels) * (2 * channels)
+        return 2 * (2 * stem + 3 * rest)
+
+    assert counted == {
+        "dense": 2 * by_hand(seen=9, predicted=9),
+        "same kernels": 2 * by_hand(seen=9, predicted=6),
+        "torch": 2 * by_hand(seen=3, predicted=6),
+        "auto": 2 * by_hand(seen=3, predicted=6),
+    }
+
+
+def test_the_matmul_peak_is_the_best_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([4.0, 2.0, *[8.0] * 6])
+    monkeypatch.setattr("fcmae.benchmark.arithmetic.torch.mm", lambda a, b, out: None)
+    conditions = Conditions(batch_size=1, image_size=(96, 96))
+    monkeypatch.setattr(Conditions, "run", lambda self, step: next(times))
+    assert matmul_peak(conditions) == 2 * 1024**3 / 2.0
+
+
+def _wrong(*arguments: Any, **others: Any) -> Tensor:
+    return torch_engine().depthwise(*arguments, **others) * 1.01
+
+
+def _crash(*arguments: Any, **others: Any) -> Tensor:
+    raise RuntimeError("no such instruction\nand more")
+
+
+@pytest.mark.parametrize(
+    ("depthwise", "reason"),
+    [
+        (_wrong, "'torch' is wrong in float32: depthwise: .* at most 1e-04"),
+        (_crash, "fails on cpu: .*no such instruction$"),
+    ],
+)
+def test_the_doctor_finds_engines_that_are_wrong_or_fail(
+    depthwise: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(name: str) -> Engine:
+        return replace(torch_engine(), depthwise=depthwise) if name == "torch" else get_engine("torch")
+
+    monkeypatch.setattr(doctor, "get_engine", engine)
+    with pytest.raises(fcmae.UserError, match=reason):
+        doctor.choose_engines(["auto", "torch"], "cpu", [torch.float32])
+    findings = {finding.name: finding for finding in doctor.choose_engines("all", "cpu", [torch.float32])}
+    assert findings["torch"].engine is None
+    assert findings["cpu"].engine is not None
+    assert findings["cpu"].reason is None
+    assert "auto" not in findings
+
+
+def test_half_the_batch_where_memory_does_not_suffice() -> None:
+    tried: list[int] = []
+    said: list[str] = []
+
+    def run(batch_size: int) -> str:
+        tried.append(batch_size)
+        if batch_size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert within_memory(run, 13, halve=True, say=said.append) == "done"
+    assert tried == [13, 6, 3]
+    assert said == ["out of memory with batch_size=13: trying 6", "out of memory with batch_size=6: trying 3"]
+    with pytest.raises(fcmae.UserError, match="out of memory with batch_size=13: use a smaller batch_size, halve=true"):
+        within_memory(run, 13, halve=False, say=said.append)
+
+
+def test_other_errors_and_the_last_image_end_the_run() -> None:
+    def run(batch_size: int) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory" if batch_size else "another error")
+
+    with pytest.raises(fcmae.UserError, match="out of memory with batch_size=1: use fewer baselines"):
+        within_memory(run, 2, halve=True, say=lambda text: None)
+    with pytest.raises(RuntimeError, match="another error"):
+        within_memory(run, 0, halve=True, say=lambda text: None)
 
 
 def test_measuring_leaves_threads_and_random_numbers_alone() -> None:
@@ -145,81 +290,6 @@ def test_the_clock_follows_device_and_threads() -> None:
     assert Conditions(batch_size=1, image_size=(96, 96), threads=1).clock == "process"
     assert Conditions(batch_size=1, image_size=(96, 96), threads=2).clock == "wall"
     assert Conditions(batch_size=1, image_size=(96, 96), threads=2, clock="process").clock == "process"
-
-
-def compose(**options: Any) -> DictConfig:
-    """configs/bench.yaml with a model that takes no time."""
-    model = {"_target_": "fcmae.create_model", "size": "custom", "engine": "torch", **MICRO}
-    folder = Path(__file__).parents[1] / "configs"
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        config = hydra.compose("bench")
-    config.model = model
-    for name, value in {"batch_size": 2, "repeats": 3, "warmup": 1, **options}.items():
-        config[name] = value
-    return config
-
-
-@pytest.mark.parametrize("precision", [32, "bf16"])
-def test_entry_point_prints_and_writes_the_same(
-    precision: int | str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    path = tmp_path / "out.json"
-    bench(compose(precision=precision, json=str(path)))
-    shown = capsys.readouterr().out
-    report = json.loads(path.read_text())
-
-    assert list(tmp_path.iterdir()) == [path]
-    assert list(report["variants"]) == ["dense", "packed"]
-    assert report["baseline"] == "dense"
-    assert report["variants"]["dense"]["ratio"] == report["variants"]["dense"]["saved_ratio"] == 1
-    assert report["conditions"]["clock"] == "process"
-    for name, row in report["variants"].items():
-        low, high = row["quartiles_ms"]
-        assert len(row["seconds"]) == 3
-        assert sorted(row["seconds"])[1] * 1e3 == row["median_ms"]
-        line = next(line for line in shown.splitlines() if line.split()[:1] == [name])
-        assert line.split() == [
-            name,
-            f"{row['median_ms']:.1f}",
-            f"{(high - low) / row['median_ms']:.1%}",
-            f"{row['ratio']:.3f}",
-            f"{row['images_per_second']:.2f}",
-            f"{row['saved_bytes'] / 1e6:.1f}",
-            f"{row['saved_ratio']:.3f}",
-            *([] if row["peak_bytes"] is None else [f"{row['peak_bytes'] / 1e6:.1f}", f"{row['peak_ratio']:.3f}"]),
-        ]
-    for text in (
-        torch.__version__,
-        f"precision {precision}",
-        "1 thread",
-        "batch 2",
-        "96x96 px",
-        "3 of 9 patches visible",
-        "CPU time",
-    ):
-        assert text in shown
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size=0 .* use 1 or more"),
-        ({"batch_size": "many"}, "batch_size='many' .* use 1 or more"),
-        ({"repeats": 0}, "repeats=0 .* use 1 or more"),
-        ({"precision": 16}, "precision='16' is unknown: use 32 or bf16"),
-        ({"device": "tpu"}, "device='tpu' is unknown: use cpu, cuda"),
-        ({"device": "meta"}, "device='meta' is unknown: use cpu, cuda"),
-        ({"device": "cuda:99"}, "device='cuda:99' was asked for, but torch sees .* use another, or cpu"),
-        ({"clock": "cuda"}, "clock='cuda' does not measure device='cpu': use process or wall"),
-        ({"clock": "sundial"}, "clock='sundial'"),
-        ({"json": "no/such/folder/out.json"}, "cannot be written: name a file in a folder"),
-        ({"json": "."}, "json=. cannot be written: name a file"),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_measured(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(fcmae.UserError, match=message):
-        bench(compose(**options))
 
 
 def test_the_peak_of_a_step_on_the_cpu() -> None:

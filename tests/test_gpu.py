@@ -1,0 +1,116 @@
+"""What only a GPU can show: whole training steps with the engine taken there. `scripts/gpu_check.sh` runs it."""
+
+import json
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+
+import fcmae
+from fcmae.engines import auto
+from fcmae.models.block import compiled_block
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SHALLOW = {"depths": (1, 1, 2, 1), "image_size": 224}
+
+
+def model_and_optimizer(**options) -> tuple[fcmae.FCMAE, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = fcmae.create_model("tiny", **SHALLOW | options).cuda().to(memory_format=torch.channels_last).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def random_images(batch: int = 8) -> torch.Tensor:
+    images = torch.randn(batch, 3, 224, 224, device="cuda").cumsum(2).cumsum(3) / 32
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def step(model: fcmae.FCMAE, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(images).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return loss.detach()
+
+
+def test_auto_takes_triton():
+    assert auto.choose("cuda") == "triton"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_a_step_never_waits_for_the_device(recompute, compiled):
+    model, optimizer = model_and_optimizer(grad_checkpointing=recompute)
+    if compiled:
+        model.encoder.run_block = model.decoder.run_block = compiled_block()
+    images = random_images()
+    for _ in range(2):  # compiles and tunes
+        step(model, optimizer, images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step(model, optimizer, images) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_both_engines_give_the_same_gradients():
+    images, gradients = random_images(), {}
+    for engine in ("torch", "triton"):
+        model, _ = model_and_optimizer(engine=engine)
+        mask = model.masking(torch.zeros_like(images, device="cpu")).to("cuda")
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            model(images, mask).loss.backward()
+        gradients[engine] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, theirs in gradients["torch"].items():
+        ours = gradients["triton"][name]
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-9, name
+
+
+def test_both_engines_learn_the_same():
+    curves = {}
+    for engine in ("torch", "triton"):
+        model, optimizer = model_and_optimizer(engine=engine)
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(50):
+            loss = model(random_images(4)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        curves[engine] = torch.stack(losses).cpu()
+    assert curves["torch"][-5:].mean() < 0.98 * curves["torch"][0]  # it does learn
+    torch.testing.assert_close(curves["triton"], curves["torch"], rtol=5e-3, atol=0)
+
+
+def test_a_whole_step_in_a_cuda_graph():
+    model, optimizer = model_and_optimizer()
+    optimizer.param_groups[0]["capturable"] = True
+    images = random_images()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(model, optimizer, images)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(model, optimizer, images)
+    losses = []
+    for _ in range(20):
+        graph.replay()
+        losses.append(loss.clone())
+    losses = torch.stack(losses).cpu()
+    assert losses.isfinite().all()
+    assert losses.unique().numel() > 15  # other masks, other weights, every time
+    assert losses[-5:].mean() < losses[:5].mean()
+
+
+def test_the_command(tmp_path: Path):
+    result = micro.pretrain(tmp_path, *micro.MICRO, "trainer.accelerator=gpu", "compile=true")
+    assert result.code == 0, result.err
+    assert "engine: triton (auto)" in (tmp_path / micro.RUN / "train.log").read_text()
+    assert json.loads((tmp_path / micro.RUN / "summary.json").read_text())["val_loss"] < 1.2
