@@ -117,6 +117,21 @@ def test_gelu_grn_linear(engine, shape, dtype):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_types_under_autocast(engine, draw_mask):
+    engine, mask = get_engine(engine), draw_mask(2, 2, 2, 2)
+    for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        x = torch.randn(2, 8, 8, 4, dtype=dtype, requires_grad=True)
+        vectors = [torch.ones(8, dtype=dtype, requires_grad=True) for _ in range(2)]
+        kernel, matrix = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((8, 1, 7, 7), (4, 8)))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = engine.depthwise(x, kernel, None, mask)
+            z = engine.gelu_grn_linear(x.flatten(2).mT, *vectors, matrix, None)
+        assert y.dtype == z.dtype == expected
+        leaves = [x, *vectors, kernel, matrix]
+        assert {g.dtype for g in torch.autograd.grad(y.sum() + z.sum(), leaves)} == {dtype}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gelu_far_out_and_at_zero(engine):
     x = torch.tensor([-1e30, -40, -13.5, -13, -12.9, -6, -1e-30, -0.0, 0, 1e-30, 6, 13, 40, 1e18])
     x = x.view(1, -1, 1).expand(1, -1, 4).contiguous().requires_grad_()

@@ -44,7 +44,7 @@ def gelu_grn_linear(
     Given rows (B, n), those positions take part in the norms as ever, but the linear layer is applied to them alone:
     (B, n, D).
     """
-    y: Tensor = _GeluGRNLinear.apply(gelu_grn, x.contiguous(), grn_weight, grn_bias, weight, bias, rows)
+    y: Tensor = _GeluGRNLinear.apply(gelu_grn, autocast(x).contiguous(), grn_weight, grn_bias, weight, bias, rows)
     return y
 
 
@@ -106,3 +106,11 @@ def grn_scale_backward(product: Tensor, norm: Tensor, weight: Tensor) -> tuple[T
     of_ratio = product * weight
     of_norm = of_ratio / mean - (of_ratio * norm).sum(-1, keepdim=True) / (mean * mean * norm.shape[-1])
     return (product * norm / mean).sum(0), torch.where(norm > 0, of_norm / norm, 0)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast asks for, as before a linear layer; float64 it leaves alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fcmae.engines.engine import Engine
-from fcmae.engines.grn import GeluGRN, gelu_grn_linear, grn_scale, grn_scale_backward
+from fcmae.engines.grn import GeluGRN, autocast, gelu_grn_linear, grn_scale, grn_scale_backward
 from fcmae.errors import UserError
 from fcmae.masking import Mask
 
@@ -105,7 +105,7 @@ def _depthwise(name: str, kernels: Kernels) -> Any:
 
     def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Tensor:
         _check(x, weight, mask)
-        x = _autocast(x)
+        x = autocast(x)
         batch, channels, _, p = x.shape
         tokens = x.permute(0, 2, 3, 1).reshape(batch, -1, p, p, channels).contiguous()
         y: Tensor = forward(tokens, weight, bias, mask.index.contiguous(), mask.slots.contiguous())
@@ -169,11 +169,3 @@ def sums(dtype: torch.dtype) -> torch.dtype:
 def _taps(weight: Tensor, tokens: Tensor) -> Tensor:
     """(C, 1, k, k) -> (k*k, C)."""
     return weight.reshape(weight.shape[0], -1).t().to(sums(tokens.dtype)).contiguous()
-
-
-def _autocast(x: Tensor) -> Tensor:
-    # Only the input: the weights take part in float32, which costs a kernel nothing. Autocast leaves float64 alone.
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x

@@ -33,8 +33,8 @@ except ImportError as error:
     ) from error
 
 
-# The kernels. Pointers are to contiguous memory, sums in the type of the taps, scales or partial sums at hand. There may
-# be more than 2^31 elements, not positions. Sizes that change with the batch are no constants: none is compiled for.
+# The kernels. Pointers are to contiguous memory, sums in the type of the taps, scales or partial sums at hand. There
+# may be 2^31 elements and more, not positions. Sizes that change with the batch are no constants: none is compiled for.
 
 
 @triton.jit
@@ -260,10 +260,13 @@ INTERPRETED = not isinstance(_gelu, triton.JITFunction)  # by TRITON_INTERPRET=1
 
 # (block, block_c, warps). Four elements per thread; or more, for few positions per patch; or for C such as 40 and 80.
 CONVOLUTIONS = ((16, 32, 4), (8, 64, 4), (32, 32, 4), (16, 128, 4), (16, 16, 2))
-WEIGHT_GRADIENT = {"block": 64, "block_c": 64} if INTERPRETED else {"block": 16, "block_c": 32}
+# What follows decides about the order of sums. The interpreter's time goes by the number of programs.
+WEIGHT_GRADIENT = {"block": 64, "block_c": 128} if INTERPRETED else {"block": 16, "block_c": 32}
 GELU = {"block_n": 32, "block_c": 64}
 POSITIONS = 512  # that a program of the weight gradient reads k times over: about as many as stay in the L1 cache
-PROGRAMS = 1024  # into which sums are split before programs take a larger share each; more than run at once
+PROGRAMS = 1024  # the weight gradient's, at least, where the shape allows; a GPU runs some five per multiprocessor
+GELU_PROGRAMS = 4096  # more, for short last rounds: these programs' partial sums are small
+OPTIONS = {"enable_fp_fusion": True}  # Triton's default until 3.9, which warns that it will change
 
 
 @functools.cache
@@ -304,7 +307,7 @@ class Kernels:
 
         kernel, blocks = (_convolve, WEIGHT_GRADIENT) if INTERPRETED else (_tuned_convolve(), {})
         with torch.cuda.device_of(tokens):
-            kernel[grid](tokens, taps, bias, index, slots, y, runs, **sizes, **blocks)
+            kernel[grid](tokens, taps, bias, index, slots, y, runs, **sizes, **blocks, **OPTIONS)
         return y
 
     def weight_gradient(
@@ -317,7 +320,7 @@ class Kernels:
         partial = tokens.new_empty(splits, k * k + 1, sizes["channels"], dtype=sums(tokens.dtype))  # last, the bias
         with torch.cuda.device_of(tokens):
             arguments = tokens, grad, index, slots, partial, runs, share
-            _weight_gradient[splits, columns](*arguments, **sizes, **WEIGHT_GRADIENT)
+            _weight_gradient[splits, columns](*arguments, **sizes, **WEIGHT_GRADIENT, **OPTIONS)
         return partial[:, :-1].sum(0), partial[:, -1].sum(0)
 
     def gelu_squares(self, x: Tensor) -> Tensor:
@@ -338,18 +341,18 @@ class Kernels:
     def _gelu_sums(self, x: Tensor, grad: Tensor | None, *more: Tensor | None) -> Tensor:
         """(1, B, C), or (2, B, C) given grad."""
         (batch, length, channels), (blocks, columns) = x.shape, _gelu_blocks(x)
-        share = min(blocks, max(1, batch * blocks * columns // PROGRAMS))
+        share = min(blocks, max(1, batch * blocks * columns // GELU_PROGRAMS))
         splits = triton.cdiv(blocks, share)
         partial = x.new_empty(1 if grad is None else 2, batch, splits, channels, dtype=sums(x.dtype))
         with torch.cuda.device_of(x):
             arguments = x, grad, *more, partial[0], None if grad is None else partial[1], length, share, splits
-            _gelu_sums[batch * splits, columns](*arguments, channels, **GELU)
+            _gelu_sums[batch * splits, columns](*arguments, channels, **GELU, **OPTIONS)
         return partial.sum(2)
 
     def _gelu_map(self, x: Tensor, *arguments: Tensor | None) -> None:
         (batch, length, channels), (blocks, columns) = x.shape, _gelu_blocks(x)
         with torch.cuda.device_of(x):
-            _gelu_map[batch * blocks, columns](x, *arguments, length, channels, **GELU)
+            _gelu_map[batch * blocks, columns](x, *arguments, length, channels, **GELU, **OPTIONS)
 
 
 @functools.cache
@@ -361,4 +364,4 @@ def engine() -> Engine:
     """
     if not INTERPRETED and not torch.cuda.is_available():
         raise UserError("engine='triton' needs a CUDA device and torch finds none: use engine=cpu or engine=torch")
-    return build_engine("triton", Kernels())
+    return build_engine("triton", Kernels(), device=None if INTERPRETED else "cuda")
