@@ -111,6 +111,6 @@ def grn_scale_backward(product: Tensor, norm: Tensor, weight: Tensor) -> tuple[T
 def autocast(x: Tensor) -> Tensor:
     """x in the type that autocast asks for, as before a linear layer; float64 it leaves alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
