@@ -377,12 +377,21 @@ def test_auto_leaves_an_engine_that_is_wrong(machine, caplog):
 def test_a_home_that_cannot_be_written_does_not_matter(machine, tmp_path):
     (tmp_path / "file").write_text("")
     machine.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    machine.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
-    load()
-    machine.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    machine.setattr(native.tempfile, "tempdir", str(tmp_path))
+    assert load()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    machine.setattr(native.tempfile, "tempdir", str(tmp_path / "file"))
     native.load_library.cache_clear()
     with pytest.raises(UserError, match=r"a compiled cpu\.c can be neither kept nor loaded .*set XDG_CACHE_HOME"):
         load()
+
+
+def test_a_cache_that_others_can_write_is_not_used(machine, tmp_path):
+    (tmp_path / "fcmae").mkdir()
+    (tmp_path / "fcmae").chmod(0o777)
+    machine.setattr(native.tempfile, "tempdir", str(tmp_path))
+    assert load()
+    assert not kernels(tmp_path)
 
 
 def test_several_may_compile_at_the_same_time(machine, tmp_path):

@@ -2,8 +2,9 @@
  * fcmae/engines/cpu.py compiles it, once per element type, and calls it.
  *
  * Shapes: B images, V visible patches of p x p positions, C channels, k taps per side, (h, w) grid of patches.
- * A tensor of tokens is (B, V, p, p, C). Channels are worked on in blocks of BLOCK: a task is one block of one image,
- * and nothing that a task writes is written by another. */
+ * A tensor of tokens is (B, V, p, p, C). Work is cut into tasks, and nothing that a task writes is written by another.
+ * In the convolution a task is one block of channels, NB vectors, of one image; N neighbouring positions are computed
+ * at once. k, N and NB are constants wherever they are called `const int`: every function is inlined. */
 
 #include <math.h>
 #include <stdint.h>
@@ -142,15 +143,18 @@ INLINE void convolve_block(
             element *to = y + (v * s->p + row) * s->p * s->C;
             int64_t column = 0;
             for (; column + N <= s->p; column += N)
-                convolve_run(to + column * s->C, from + column * NB * LANES, taps, bias, s->C, width(s), channels, k, N, NB);
+                convolve_run(
+                    to + column * s->C, from + column * NB * LANES, taps, bias, s->C, width(s), channels, k, N, NB);
             for (; column < s->p; column++)
-                convolve_run(to + column * s->C, from + column * NB * LANES, taps, bias, s->C, width(s), channels, k, 1, NB);
+                convolve_run(
+                    to + column * s->C, from + column * NB * LANES, taps, bias, s->C, width(s), channels, k, 1, NB);
         }
 }
 
 /* A run of N positions adds to the gradients of one row of taps. */
-INLINE void gradient_run(vec *sum, const element *grad, const real *from, int64_t C, int n_lanes, const int k, const int N,
-                         const int NB) {
+INLINE void gradient_run(
+    vec *sum, const element *grad, const real *from, int64_t C, int n_lanes, const int k, const int N, const int NB
+) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) {
         const vec g = load(grad + i * C, n_lanes);
@@ -334,7 +338,8 @@ INLINE int each_row(
 ) {
 #define AT(pointer, offset) ((pointer) ? (pointer) + (offset) : NULL)
     for (int64_t task = first; task < last; task++) {
-        const int64_t segments = (N + SEGMENT - 1) / SEGMENT, image = task / segments, start = task % segments * SEGMENT;
+        const int64_t segments = (N + SEGMENT - 1) / SEGMENT;
+        const int64_t image = task / segments, start = task % segments * SEGMENT;
         real *const sums[] = {all.squares, all.products, all.totals};
         for (int i = 0; i < 3; i++)
             if (sums[i]) memset(sums[i] + task * C, 0, C * sizeof(real));
@@ -369,8 +374,10 @@ EXPORT int gelu_products(
     int64_t first, int64_t last, int64_t N, int64_t C, element *grad, const element *x, const real *scale,
     const real *bias, element *y, real *products, real *totals
 ) {
-    const Row all = {.grad = grad, .x = x, .scale = scale, .bias = bias, .y = y, .products = products, .totals = totals};
-    return each_row(first, last, N, C, all, products_of);
+    return each_row(
+        first, last, N, C,
+        (Row){.grad = grad, .x = x, .scale = scale, .bias = bias, .y = y, .products = products, .totals = totals},
+        products_of);
 }
 
 /* grad = GELU'(x) * (grad * scale + GELU(x) * per_h); scale and per_h (B, C). */

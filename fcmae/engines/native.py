@@ -31,12 +31,15 @@ def load_library(source: Path, definition: str) -> ctypes.CDLL:
     command = [*_compiler(), *FLAGS, f"-D{definition}"]
     content = hashlib.sha256(repr((source.read_text(), command, _target(*_compiler()))).encode()).hexdigest()
     name = f"{source.stem}-{definition.lower()}-{content[:16]}.so"
-    reasons = []
-    for folder in (_cache(), Path(tempfile.gettempdir(), f"fcmae-{os.getuid()}")):  # the home may be read-only, or full
-        try:
-            return ctypes.CDLL(str(_compiled(command, source, folder / name)))
-        except OSError as error:
-            reasons.append(f"{folder}: {error.strerror or error}")
+    try:
+        return ctypes.CDLL(str(_compiled(command, source, _cache() / name)))
+    except OSError as error:  # the home may be read-only, full, or not to run programs from
+        reasons = [str(error)]
+    try:
+        with tempfile.TemporaryDirectory(prefix="fcmae-") as folder:  # of this process alone; loaded, it may vanish
+            return ctypes.CDLL(str(_compiled(command, source, Path(folder, name))))
+    except OSError as error:
+        reasons.append(str(error))
     raise UserError(
         f"a compiled {source.name} can be neither kept nor loaded ({'; '.join(reasons)}): set XDG_CACHE_HOME to a "
         "folder where you may write and run programs"
@@ -71,7 +74,6 @@ def _target(*compiler: str) -> tuple[tuple[str, ...], str]:
 def _compiled(command: list[str], source: Path, path: Path) -> Path:
     """`path`, after compiling it if it is not there yet."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # processes may do this at the same time
             product = Path(folder, path.name)
             flags, _ = _target(*_compiler())
@@ -96,5 +98,12 @@ def _run(command: list[str]) -> str:
 
 
 def _cache() -> Path:
+    """The folder of what was compiled earlier; others could put their own library in its place if they may write."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fcmae"
+    folder = (Path(root) if root else Path.home() / ".cache") / "fcmae"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "geteuid"):
+        status = folder.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise OSError(f"{folder} is not yours alone to write")
+    return folder
