@@ -23,6 +23,7 @@ from fcmae.benchmark.tables import headline, tables
 from fcmae.benchmark.variants import check_baselines
 from fcmae.config_check import check_choice
 from fcmae.data.datamodule import ImageDataModule
+from fcmae.engines.auto import choose
 from fcmae.errors import UserError
 from fcmae.models.fcmae import FCMAE
 
@@ -71,6 +72,8 @@ def _run(config: DictConfig, conditions: Conditions, findings: Sequence[Finding]
         return model
 
     model = _plain(config.model) | describe_patches(build, conditions.image_size)
+    if model["engine"] == "auto":
+        model["engine"] = f"{choose(torch.device(conditions.device).type)} (auto)"
     report = describe(config.what, conditions, model, findings)
     working = [finding.engine for finding in findings if finding.engine is not None]
     engines = working if findings else None

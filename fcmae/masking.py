@@ -23,7 +23,8 @@ class Mask:
         slots: (B, h, w) int32, where each cell's patch lies among the V, or -1: the inverse of `index`; derived.
 
     Raises:
-        UserError: `visible` has not three dimensions, is not boolean, or its images see different numbers of patches.
+        UserError: `visible` has not three dimensions, is not boolean, or its images see different numbers of patches;
+            or `index` is of another type or shape.
     """
 
     visible: Tensor
@@ -33,6 +34,11 @@ class Mask:
     def __post_init__(self) -> None:
         if self.index is None:
             object.__setattr__(self, "index", _visible_index(self.visible))
+        elif self.index.dtype != torch.int64 or self.index.ndim != 2 or len(self.index) != len(self.visible):
+            raise UserError(
+                f"a mask's index is int64 (B, V) for visible (B, h, w); got {self.index.dtype} "
+                f"{tuple(self.index.shape)} for {tuple(self.visible.shape)}"
+            )
         counted = self.visible.flatten(1).cumsum(1, dtype=torch.int32).view(self.visible.shape) - 1
         object.__setattr__(self, "slots", counted.masked_fill(~self.visible, -1))
 

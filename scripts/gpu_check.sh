@@ -12,6 +12,11 @@ if (($# != 1)); then
     echo "usage: scripts/gpu_check.sh OUT_DIR" >&2
     exit 2
 fi
+if [[ ${FCMAE_CHECK_DEVICE:-cuda} == cuda ]] &&
+    ! "${PYTHON:-python3}" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check: torch finds no CUDA device here: run it on a machine that has one" >&2
+    exit 2
+fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -71,7 +76,8 @@ bench tiny 130 +model=tiny batch_size=256 "$ours" 'baselines=[dense,dense compil
 bench base 130 +model=base batch_size=128 "$ours" 'baselines=[dense,dense compiled,same kernels]'
 # Where dense does not fit beside ours, ours is measured alone, with the batch that fits.
 bench huge 100 +model=huge batch_size=64 "$ours" 'baselines=[dense,same kernels]' ||
-    bench huge 100 +model=huge batch_size=64 "$ours" 'baselines=[same kernels]' halve=true
+    { tail -n 3 "$out/bench.txt" | grep -qi memory &&
+        bench huge 100 +model=huge batch_size=64 "$ours" 'baselines=[same kernels]' halve=true; }
 if_time 70 'tiny compiled' +model=tiny batch_size=256 engines=triton 'baselines=[dense compiled,same kernels]' compile=true
 if_time 70 'base compiled' +model=base batch_size=128 engines=triton 'baselines=[dense compiled,same kernels]' compile=true
 

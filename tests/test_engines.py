@@ -1,7 +1,9 @@
 """Every engine computes the same: outputs and all gradients against plain formulas on the full map, in float64."""
 
+import copy
 import pickle
 import platform
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fcmae
-from fcmae.engines import NAMES, auto, get_engine, native
+from fcmae.engines import NAMES, auto, cpu, get_engine, native
 from fcmae.engines.check import errors
 from fcmae.engines.cpu import SOURCE, Kernels
 from fcmae.errors import UserError
 
+KNOWN = get_engine("cpu")
 ENGINES = ["torch", "cpu"]  # triton and minkowski have files of their own
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -294,10 +297,14 @@ def test_an_engine_is_copied_by_its_name():
     for name in ENGINES:
         engine = get_engine(name)
         assert pickle.loads(pickle.dumps(engine)).depthwise is engine.depthwise
-    assert get_engine("auto").name == "auto"
+    model = fcmae.create_model(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.encoder.engine == copied.decoder.engine == model.encoder.engine
+        copied(torch.randn(1, 3, 64, 64))
 
 
-def test_auto_takes_the_fastest():
+def test_auto_takes_the_fastest(monkeypatch):
+    monkeypatch.setattr(auto, "_CHOSEN", {})
     assert auto.choose("cpu") == "cpu"
     assert auto.choose("meta") == "torch"
 
@@ -362,10 +369,24 @@ def test_without_a_compiler(machine, compiler, message):
 
 def test_auto_says_once_that_it_takes_torch(machine, caplog):
     machine.setenv("CC", "/nowhere/cc")
-    machine.setattr("fcmae.engines.cpu.engine", lambda: load())  # as if nothing had been compiled before
-    assert auto.choose("cpu") == auto.choose("cpu") == "torch"
+    cpu.engine.cache_clear()
+    try:
+        assert auto.choose("cpu") == auto.choose("cpu") == "torch"
+    finally:
+        machine.setattr(cpu, "_library", lambda dtype: None)
+        machine.setattr(cpu, "build_engine", lambda *_, **__: KNOWN)  # its operators can be registered once
+        cpu.engine()
     (message,) = caplog.messages
-    assert message.startswith("engine 'torch' is used on cpu, since 'cpu' does not work: there is no C compiler")
+    assert message == (
+        "engine 'torch' is used on cpu instead of 'cpu': engine='cpu' does not work here: there is no C compiler "
+        "(/nowhere/cc) to build it with: install gcc or clang, or name one in CC; or use engine=torch"
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")])
+def test_auto_chooses_whatever_the_caller_is_about(machine, mode):
+    with mode():
+        assert auto.choose("cpu") == "cpu"
 
 
 def test_auto_leaves_an_engine_that_is_wrong(machine, caplog):
@@ -402,12 +423,13 @@ def test_several_may_compile_at_the_same_time(machine, tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
-@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
-def test_on_lesser_processors(machine, without, tmp_path):
+@pytest.mark.parametrize(("without", "lanes"), [("-mno-avx512f", 8), ("-mno-avx", 4)])
+def test_on_lesser_processors(machine, without, lanes, tmp_path):
     machine.setenv("CC", f"cc {without}")
     for dtype in (torch.float32, torch.bfloat16):
         assert max(errors(get_engine("cpu"), "cpu", dtype).values()) < BOUND[dtype]
     assert len(kernels(tmp_path)) == 2
+    assert load().block_of(8) <= lanes  # one vector
 
 
 def test_the_check_tells_right_from_wrong():
@@ -438,6 +460,35 @@ def test_the_kernels_refuse_what_would_lead_them_astray(draw_mask):
     for shape in ((4, 1, 7, 7), (5, 1, 4, 4), (5, 1, 7, 5)):
         with pytest.raises(UserError, match=r"weight \(.*\) must be \(5, 1, k, k\) with an odd k"):
             engine.depthwise(x, torch.ones(shape), None, mask)
+    with pytest.raises(UserError, match=r"bias \(4,\) must be \(5,\)"):
+        engine.depthwise(x, weight, torch.ones(4), mask)
+    for offset in (-1, 9):
+        with pytest.raises(UserError, match=r"the mask's index goes from .* its grid has 9"):
+            engine.depthwise(x, weight, None, fcmae.Mask(mask.visible, mask.index + offset))
+    ones = torch.ones(5)
+    for vectors in ((ones[:1], ones), (ones, ones[:4])):
+        with pytest.raises(UserError, match=r"GRN's weight \(.*\) and bias \(.*\) must be \(5,\)"):
+            engine.gelu_grn_linear(torch.randn(2, 3, 5), *vectors, torch.eye(5), None)
     apart = fcmae.Mask(mask.visible, mask.index.repeat_interleave(2, 1)[:, ::2])
     assert not apart.index.is_contiguous()
     assert torch.equal(engine.depthwise(x, weight, None, apart), engine.depthwise(x, weight, None, mask))
+
+
+def test_engines_may_be_asked_for_at_the_same_time():
+    program = "from concurrent.futures import ThreadPoolExecutor\nfrom fcmae.engines import get_engine\n"
+    program += "engines = list(ThreadPoolExecutor(6).map(get_engine, ['cpu'] * 6))\n"
+    program += "assert all(engine is engines[0] for engine in engines)\n"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_nothing_to_do(draw_mask):
+    engine, mask = get_engine("cpu"), draw_mask(2, 2, 2, 2)
+    nothing = fcmae.Mask(mask.visible[:0], mask.index[:0])
+    assert engine.depthwise(torch.ones(0, 5, 4, 2), torch.ones(5, 1, 7, 7), None, nothing).shape == (0, 5, 4, 2)
+    ones = torch.ones(5)
+    assert engine.gelu_grn_linear(torch.ones(0, 3, 5), ones, ones, torch.eye(5), None).shape == (0, 3, 5)
+    model = fcmae.create_model(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+    with pytest.raises(UserError, match=r"images have shape \(0, 3, 64, 64\), the model takes \(B, 3, H, W\)"):
+        model(torch.ones(0, 3, 64, 64))
+    with pytest.raises(UserError, match=r"a mask's index is int64 \(B, V\)"):
+        fcmae.Mask(mask.visible, mask.index.int())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fcmae.engines import NAMES, Engine, get_engine
+from fcmae.engines.auto import FASTEST
 from fcmae.engines.check import errors
 from fcmae.errors import UserError
 
@@ -41,7 +42,9 @@ def choose_engines(wanted: object, device: str, dtypes: Sequence[torch.dtype]) -
         UserError: an engine asked for by name does not work here, or is off by more than the tolerance.
     """
     if wanted == "all":
-        return [examine(name, device, dtypes) for name in NAMES if name != "auto"]  # which is one of the others
+        fastest = FASTEST.get(torch.device(device).type)  # first, since `same kernels` runs on the first
+        others = sorted((name for name in NAMES if name != "auto"), key=lambda name: name != fastest)
+        return [examine(name, device, dtypes) for name in others]
     names = [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(names, Sequence) or not names:
         raise UserError(f"engines={wanted} must be one engine, a list of them, or all: {', '.join(NAMES)}")

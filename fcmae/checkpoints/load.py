@@ -16,13 +16,16 @@ _MASKINGS = {"fcmae.masking.RandomMask": RandomMask}
 _TARGETS = {"fcmae.models.targets.Pixels": Pixels}
 
 
-def load(path: str | Path, *, masking: Masking | None = None, target: Target | None = None) -> FCMAE:
+def load(
+    path: str | Path, *, masking: Masking | None = None, target: Target | None = None, engine: str = "auto"
+) -> FCMAE:
     """The masked autoencoder of a checkpoint, in evaluation mode, on the CPU.
 
     Args:
         path: a run's folder (its newest loadable checkpoint is taken) or a `.ckpt` file.
         masking: instead of the checkpoint's own; needed where that is not one of fcmae's.
         target: likewise.
+        engine: computes the model here, whichever it was trained with.
 
     Raises:
         UserError: no checkpoint there, a truncated one, not one of ours, or one whose weights do not fit its model.
@@ -34,7 +37,7 @@ def load(path: str | Path, *, masking: Masking | None = None, target: Target | N
     description = checkpoint["fcmae"]
     if description["format"] != FORMAT:
         raise UserError(f"{file} has format {description['format']}, this fcmae reads {FORMAT}")
-    options = dict(description["model"])
+    options = dict(description["model"]) | {"engine": engine}
     options["masking"] = masking or _build(options.get("masking"), _MASKINGS, "masking", file)
     options["target"] = target or _build(options.get("target"), _TARGETS, "target", file)
     if options.pop("_target_", None) != "fcmae.models.create.create_model":

@@ -5,10 +5,12 @@ All share the parameters and give the same numbers. One engine is one file.
 """
 
 import importlib
+import threading
 
 from fcmae.engines.engine import Engine
 from fcmae.errors import UserError
 
+_LOCK = threading.Lock()
 NAMES = ("auto", "torch", "cpu", "triton", "minkowski")
 
 
@@ -20,5 +22,6 @@ def get_engine(name: str) -> Engine:
     """
     if name not in NAMES:
         raise UserError(f"engine={name!r} is unknown: use {' or '.join(map(repr, NAMES))}")
-    engine: Engine = importlib.import_module(f"fcmae.engines.{name}").engine()
+    with _LOCK:  # operators can be registered once
+        engine: Engine = importlib.import_module(f"fcmae.engines.{name}").engine()
     return engine

@@ -1,6 +1,7 @@
 """Engine `auto`: on each device the fastest of the others that works there, chosen by rule, not by timing."""
 
 import logging
+import threading
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 
 FASTEST = {"cuda": "triton", "cpu": "cpu"}  # by type of device; on others, torch
 TOLERANCE = 1e-4  # of the first test; float32 stays below 1e-6
+_LOCK = threading.Lock()
 _CHOSEN: dict[str, Engine] = {}  # a cache, which torch.compile can read where it could not run `choose`
 
 
@@ -39,8 +41,9 @@ def choose(device: str) -> str:
 
     The first call in a process tries it on a small batch; if it fails, a warning says why.
     """
-    if device not in _CHOSEN:
-        _CHOSEN[device] = _first_that_works(device)
+    with _LOCK:
+        if device not in _CHOSEN:
+            _CHOSEN[device] = _first_that_works(device)
     return _CHOSEN[device].name
 
 
@@ -57,13 +60,14 @@ def _first_that_works(device: str) -> Engine:
     name = FASTEST[device]
     try:
         engine = get_engine(name)
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Whatever the caller is about: evaluation, inference, autocast.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             worst = max(errors(engine, device).values())
         if not worst <= TOLERANCE:
             raise RuntimeError(f"its results are off by {worst:.1e}")
     except Exception as error:  # whatever a compiler or a driver may come up with, training goes on without it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("engine 'torch' is used on %s, since %r does not work: %s", device, name, reason)
+        log.warning("engine 'torch' is used on %s instead of %r: %s", device, name, reason)
         return get_engine("torch")
     return engine
 

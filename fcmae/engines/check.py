@@ -17,10 +17,10 @@ def errors(engine: Engine, device: torch.device | str, dtype: torch.dtype = torc
 
     Two images of 4x5 patches, 7 of them visible, 8x8 positions each, 40 channels: what the first stage of `atto` sees.
     """
-    numbers = torch.Generator().manual_seed(0)
+    numbers = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=numbers).to(dtype).to(device)
+        return torch.randn(*shape, generator=numbers, device="cpu").to(dtype).to(device)
 
     mask = _mask(2, 4, 5, 7, numbers).to(device)
     convolution = {"x": random(2, 40, 7 * 8, 8), "weight": random(40, 1, 7, 7) / 7, "bias": random(40)}
@@ -45,12 +45,13 @@ def _compare(
 def _results(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     output = function(**inputs)
-    numbers = torch.Generator().manual_seed(1)
-    weights = torch.randn(output.shape, generator=numbers).to(output)
+    numbers = torch.Generator("cpu").manual_seed(1)
+    weights = torch.randn(output.shape, generator=numbers, device="cpu").to(output)
     gradients = torch.autograd.grad((output * weights).sum(), list(inputs.values()))
     return {"output": output.detach()} | {f"gradient of {n}": g for n, g in zip(inputs, gradients, strict=True)}
 
 
 def _mask(batch: int, h: int, w: int, seen: int, numbers: torch.Generator) -> Mask:
-    index = torch.rand(batch, h * w, generator=numbers).argsort(1)[:, :seen]
-    return Mask(torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, index, True).view(batch, h, w))
+    index = torch.rand(batch, h * w, generator=numbers, device="cpu").argsort(1)[:, :seen]
+    visible = torch.zeros(batch, h * w, dtype=torch.bool, device="cpu").scatter_(1, index, True)
+    return Mask(visible.view(batch, h, w))

@@ -282,7 +282,7 @@ INLINE vec power_of_two(vec x) {
 INLINE void normal(vec x, vec *distribution, vec *density) {
     const mask negative = x < 0;
     vec size = (vec)((mask)x & 0x7fffffff);
-    mask small = size < 13.0f; /* beyond, both tails are zero in float32 */
+    const mask small = size < 13.0f; /* beyond, a float32 x times the tail or the density is taken for zero */
     vec near = (vec)(((mask)size & small) | ((mask)fill(13.0f) & ~small));
     vec t = 1.0f / (near * 0.2316419f + 1.0f);
     vec tail = fill(1.330274429f);
@@ -291,6 +291,7 @@ INLINE void normal(vec x, vec *distribution, vec *density) {
     tail = tail * t - 0.356563782f;
     tail = tail * t + 0.319381530f;
     *density = power_of_two(near * near * -0.72134752f) * 0.39894228f; /* 1 / (2 ln 2) */
+    *density = (vec)((mask)*density & small);
     tail = tail * t * *density;
     vec upper = 1.0f - tail;
     *distribution = (vec)(((mask)tail & negative) | ((mask)upper & ~negative));

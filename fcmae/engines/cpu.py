@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def engine() -> Engine:
     try:
         _library(torch.float32)
     except UserError as error:
-        raise UserError(f"engine='cpu' does not work here, use engine=torch: {error}") from error
+        raise UserError(f"engine='cpu' does not work here: {error}; or use engine=torch") from error
     return build_engine("cpu", Kernels(), device="cpu")
 
 
@@ -102,7 +102,9 @@ def _depthwise(
     """Writes the output to `other`; or, given `of_taps` (B, k*k, C), reads `other`, its gradient, and writes that."""
     library = _library(tokens.dtype)
     batch, patches, p, _, channels = tokens.shape
-    block = library.block_of(p)
+    block = library.block_of(ctypes.c_int64(p))
+    if index.numel() and not (index.min() >= 0 and index.max() < slots[0].numel()):  # the kernels write there
+        raise UserError(f"the mask's index goes from {index.min()} to {index.max()}, its grid has {slots[0].numel()}")
     blocks = -(-channels // block)
     shape = (ctypes.c_int64 * 6)(patches, p, channels, k, *slots.shape[1:])
     if taps is not None:  # padded to whole blocks, a block's taps together
@@ -114,13 +116,17 @@ def _depthwise(
 
 
 def _segments(x: Tensor) -> int:
+    return x.shape[0] * _segments_of_an_image(x)
+
+
+def _segments_of_an_image(x: Tensor) -> int:
     segment: int = _library(x.dtype).segment()
-    return x.shape[0] * -(-x.shape[1] // segment)
+    return -(-x.shape[1] // segment)
 
 
 def _partial_sums(x: Tensor) -> Tensor:
     """(B, segments, C), to be written."""
-    return x.new_empty(x.shape[0], _segments(x) // x.shape[0], x.shape[2], dtype=sums(x.dtype))
+    return x.new_empty(x.shape[0], _segments_of_an_image(x), x.shape[2], dtype=sums(x.dtype))
 
 
 def _run(function: Callable[..., int], tasks: int, *arguments: Any) -> None:
@@ -131,12 +137,16 @@ def _run(function: Callable[..., int], tasks: int, *arguments: Any) -> None:
     # Tensors stay referenced by `arguments` until all is done; ctypes lets go of Python's lock during a call.
     values = [_c_value(argument) for argument in arguments]
     threads = min(torch.get_num_threads(), tasks)
+    if tasks == 0:
+        return
     bounds = [ctypes.c_int64(tasks * number // threads) for number in range(threads + 1)]
     if threads == 1:
         codes = [function(*bounds, *values)]
     else:
-        futures = [_threads(threads - 1).submit(function, *bounds[n : n + 2], *values) for n in range(1, threads)]
-        codes = [function(*bounds[:2], *values), *(future.result() for future in futures)]
+        pool = _threads(torch.get_num_threads())
+        futures = [pool.submit(function, *bounds[n : n + 2], *values) for n in range(threads)]
+        wait(futures)  # whatever interrupts: they work on memory that is not theirs
+        codes = [future.result() for future in futures]
     if any(codes):
         raise MemoryError("engine 'cpu': no memory for the map of one block of channels")
 

@@ -21,7 +21,7 @@ class GeluGRNLinear(Protocol):
     """The second half of a block's MLP: a linear layer of GRN (paper section 4) of GELU(x), the norms over N.
 
     x (B, N, C), GRN's weight and bias (C,), the layer's weight (D, C) and bias (D,) or None -> (B, N, D); given
-    rows (B, n), the linear layer is applied to those alone -> (B, n, D).
+    rows (B, n), distinct, the linear layer is applied to those alone -> (B, n, D).
     """
 
     def __call__(
@@ -43,13 +43,13 @@ class Engine:
         name: as in the configuration.
         depthwise: the depthwise convolution, the only operation that must know the mask.
         gelu_grn_linear: activation, response normalisation and linear layer, with little kept for the backward pass.
+        device: the only type of device that it works on, if there is but one.
     """
 
     name: str
     depthwise: Depthwise
     gelu_grn_linear: GeluGRNLinear
     device: str | None = None
-    """The only type of device that it works on, if there is but one."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises UserError if it does not work on `device`."""
@@ -58,7 +58,10 @@ class Engine:
                 f"engine={self.name!r} works on {self.device} alone, the images are on {device.type}: use engine='auto'"
             )
 
+    def __deepcopy__(self, memo: object) -> "Engine":
+        return self
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        from fcmae.engines import get_engine  # a copy, in another process too, is the engine of that name
+        from fcmae.engines import get_engine  # in another process it is the engine of that name
 
         return get_engine, (self.name,)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.errors import UserError
+
 
 class GeluGRN(NamedTuple):
     """GELU and GRN, as an engine computes them, without autograd. Norms are in float32 at least."""
@@ -41,9 +43,14 @@ def gelu_grn_linear(
 ) -> Tensor:
     """x (B, N, C), GRN's weight and bias (C,), the linear layer's weight (D, C) and bias (D,) -> (B, N, D).
 
-    Given rows (B, n), those positions take part in the norms as ever, but the linear layer is applied to them alone:
-    (B, n, D).
+    Given rows (B, n), distinct, all positions take part in the norms as ever, but the linear layer is applied to those
+    alone: (B, n, D).
     """
+    if grn_weight.shape != x.shape[2:] or grn_bias.shape != x.shape[2:] or not x.is_floating_point():
+        raise UserError(
+            f"GRN's weight {tuple(grn_weight.shape)} and bias {tuple(grn_bias.shape)} must be ({x.shape[2]},), and x "
+            f"real numbers; it is {x.dtype}"
+        )
     y: Tensor = _GeluGRNLinear.apply(gelu_grn, autocast(x).contiguous(), grn_weight, grn_bias, weight, bias, rows)
     return y
 

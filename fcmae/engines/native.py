@@ -99,8 +99,11 @@ def _run(command: list[str]) -> str:
 
 def _cache() -> Path:
     """The folder of what was compiled earlier; others could put their own library in its place if they may write."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "fcmae"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = (root if root.is_absolute() else Path.home() / ".cache") / "fcmae"
+    except RuntimeError as error:  # nobody knows where home is
+        raise OSError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "geteuid"):
         status = folder.stat()

@@ -104,17 +104,17 @@ def _depthwise(name: str, kernels: Kernels) -> Any:
     forward.register_autograd(differentiate, setup_context=save)
 
     def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Tensor:
-        _check(x, weight, mask)
+        _check(x, weight, bias, mask)
         x = autocast(x)
         batch, channels, _, p = x.shape
-        tokens = x.permute(0, 2, 3, 1).reshape(batch, -1, p, p, channels).contiguous()
+        tokens = x.permute(0, 2, 3, 1).reshape(batch, mask.index.shape[1], p, p, channels).contiguous()
         y: Tensor = forward(tokens, weight, bias, mask.index.contiguous(), mask.slots.contiguous())
         return y.flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, V*p, p)
 
     return depthwise
 
 
-def _check(x: Tensor, weight: Tensor, mask: Mask) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> None:
     """Kernels read and write where the mask says; nothing would stop them from doing so elsewhere."""
     (batch, channels, height, p), (of_batch, patches) = x.shape, mask.index.shape
     if batch != of_batch or height != patches * p or mask.index.device != x.device:
@@ -124,6 +124,8 @@ def _check(x: Tensor, weight: Tensor, mask: Mask) -> None:
         )
     if weight.shape[:2] != (channels, 1) or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise UserError(f"weight {tuple(weight.shape)} must be ({channels}, 1, k, k) with an odd k")
+    if bias is not None and bias.shape != (channels,):
+        raise UserError(f"bias {tuple(bias.shape)} must be ({channels},)")
 
 
 def _gelu_grn_linear(name: str, kernels: Kernels) -> Any:

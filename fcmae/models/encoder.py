@@ -2,6 +2,7 @@
 
 import math
 
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -79,6 +80,8 @@ def _check_patchwise(net: ConvNeXt) -> None:
     stem = list(net.stem)
     downsample = [module for stage in net.stages for module in stage.downsample.modules()]
     steps = [module for module in (*stem, *downsample) if isinstance(module, nn.Conv2d)]
+    if any(module.eps != 1e-6 for module in net.modules() if isinstance(module, GlobalResponseNorm)):
+        raise UserError("the network's GRN has another eps than 1e-6, which the engines compute with")
     depthwise: list[nn.Conv2d] = [block.conv_dw for stage in net.stages for block in stage.blocks]
     if (
         any(conv.kernel_size != conv.stride or conv.padding != (0, 0) for conv in steps)

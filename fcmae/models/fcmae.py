@@ -78,8 +78,8 @@ class FCMAE(nn.Module):
 
     def _check(self, images: Tensor, mask: Mask) -> None:
         channels = self.encoder.in_chans
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise UserError(f"images have shape {tuple(images.shape)}, the model takes (B, {channels}, H, W)")
+        if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
+            raise UserError(f"images have shape {tuple(images.shape)}, the model takes (B, {channels}, H, W), B from 1")
         grid = patch_grid(images.shape[2], images.shape[3], self.masking.patch_size)
         if mask.grid != grid or mask.visible.shape[0] != images.shape[0]:
             raise UserError(
