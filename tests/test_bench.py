@@ -114,8 +114,8 @@ def test_it_prints_and_writes_the_same(
 def test_all_engines_that_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     report, shown = report_of(capsys, path, "engines=all", "baselines=[same kernels]", "optimizer=false")
-    assert list(report["variants"]) == ["same kernels", "torch", "cpu"]
-    assert list(report["engines"]) == ["torch", "cpu", "triton", "minkowski"]
+    assert list(report["variants"]) == ["same kernels", "cpu", "torch"]
+    assert list(report["engines"]) == ["cpu", "torch", "triton", "minkowski"]
     for name in ("triton", "minkowski"):
         reason = f"engine={name!r} is missing here"
         assert report["engines"][name] == {"largest_errors": {}, "reason": reason}
@@ -124,7 +124,7 @@ def test_all_engines_that_work(tmp_path: Path, capsys: pytest.CaptureFixture[str
     error = report["engines"]["cpu"]["largest_errors"]["float32"]
     assert 0 < error < 1e-5
     assert lines_of(shown, "cpu")[0] == [f"{error:.1e}", "ok"]
-    assert "same kernels on engine torch" in shown
+    assert "same kernels on engine cpu" in shown
     assert "optimiser" not in shown
     torch_row, cpu_row = report["variants"]["torch"], report["variants"]["cpu"]
     assert torch_row["gflop_per_image"] == cpu_row["gflop_per_image"]
@@ -188,7 +188,7 @@ def test_training_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     loader = report["loader"]
     assert loader["workers"] == 1
     assert loader["per_core"] == loader["images_per_second"]
-    assert list(report["training"]) == ["torch", "cpu"]
+    assert list(report["training"]) == ["cpu", "torch"]
     for name, row in report["training"].items():
         assert len(row["seconds"]) == len(row["waited"]) == 2
         assert row["images_per_second"] == pytest.approx(4 / sum(row["seconds"]))
