@@ -31,7 +31,7 @@ def test_the_demonstration_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     val_losses = [line["val_loss"] for line in losses if "val_loss" in line]
     assert len(val_losses) == 10
-    assert val_losses[-1] < 0.6 * val_losses[0]
+    assert val_losses[-1] < 0.55 * val_losses[0]  # 0.3036 of 0.6005, that is 0.506
 
     assert Image.open(run / "images" / "latest.png").width > 4 * 96
     model = fcmae.load(run)
