@@ -6,6 +6,10 @@ import sys
 
 VERBS = {
     "pretrain": "pre-train a ConvNeXt V2 on your images",
+    "finetune": "fine-tune it for classification, or train its last layer",
+    "evaluate": "say how good a classifier, or a frozen encoder, is",
+    "predict": "write the classes of images to a table",
+    "embed": "write the features of images to a table",
     "bench": "time training steps against the masked dense network",
 }
 

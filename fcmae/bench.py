@@ -21,7 +21,7 @@ from fcmae.benchmark.report import Report, describe
 from fcmae.benchmark.run import describe_patches, run_loader, run_steps, run_training
 from fcmae.benchmark.tables import headline, tables
 from fcmae.benchmark.variants import check_baselines
-from fcmae.config_check import check_choice
+from fcmae.config_check import check_choice, check_same_input
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.engines.auto import choose
 from fcmae.errors import UserError
@@ -109,12 +109,7 @@ def _check(config: DictConfig) -> Conditions:
 def _check_data(config: DictConfig) -> None:
     if config.get("data") is None:
         raise UserError(f"what={config.what} needs images: add data=digits, or data=folder data.path=DIR")
-    for name in ("image_size", "in_chans"):
-        if config.model[name] != config.data[name]:
-            raise UserError(
-                f"model.{name}={config.model[name]} differs from data.{name}={config.data[name]}: "
-                f"set data.{name}, which the model follows"
-            )
+    check_same_input(config)
 
 
 def _examine(config: DictConfig, conditions: Conditions) -> list[Finding]:

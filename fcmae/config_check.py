@@ -19,10 +19,12 @@ def mandatory(config: DictConfig, folder: Path) -> None:
     """Asks for what has no default.
 
     Raises:
-        UserError: names the first missing option; for a group, its choices.
+        UserError: names the first missing option; for the model, its choices.
     """
-    for key in sorted(map(str, OmegaConf.missing_keys(config)), key=lambda key: (key != "model", key)):
-        raise UserError(no_choice(key, folder) if (folder / key).is_dir() else f"{key} is not given: add {key}=VALUE")
+    if "model" in config and OmegaConf.is_missing(config.model, "size"):
+        raise UserError(no_choice("model", folder))
+    for key in sorted(map(str, OmegaConf.missing_keys(config))):
+        raise UserError(f"{key} is not given: add {key}=VALUE")
 
 
 def no_choice(group: str, folder: Path) -> str:
@@ -75,6 +77,40 @@ def check_choice(config: DictConfig, name: str, choices: Collection[Any]) -> Non
     value = OmegaConf.select(config, name)
     if value not in choices:
         raise UserError(f"{name}={value!r} is unknown: use {' or '.join(str(choice) for choice in choices)}")
+
+
+def check_run(config: DictConfig) -> None:
+    """What every training run's configuration has, whatever it trains.
+
+    Raises:
+        UserError: a value out of its bounds.
+    """
+    for name in ("epochs", "trainer.max_epochs", "save.every_n_steps", "save.keep"):
+        check_whole(config, name, least=1)
+    check_whole(config, "seed", least=0, most=2**32 - 1)
+    if config.trainer.limit_train_batches is not None:
+        check_whole(config, "trainer.limit_train_batches", least=1)
+    if config.effective_batch is not None:
+        check_whole(config, "effective_batch", least=1)
+    if not str(config.run_name or "").strip("./"):
+        raise UserError(f"run_name={config.run_name!r} names no folder: give it a name, or leave it out")
+    check_choice(config, "resume", ("auto", "never"))
+    check_choice(config, "channels_last", (True, False))
+    check_choice(config, "compile", (True, False))
+
+
+def check_same_input(config: DictConfig) -> None:
+    """Refuses a model for other images than the data gives.
+
+    Raises:
+        UserError: says so.
+    """
+    for name in ("image_size", "in_chans"):
+        if name in config.model and config.model[name] != config.data[name]:
+            raise UserError(
+                f"model.{name}={config.model[name]} differs from data.{name}={config.data[name]}: "
+                f"set data.{name}, which the model follows"
+            )
 
 
 def closest(word: str, known: Collection[str]) -> str:

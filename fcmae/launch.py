@@ -86,37 +86,36 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     """Gives every choice of a config group the form that Hydra wants; doing it twice changes nothing.
 
     Groups that stand in the verb's defaults list are overridden (`data=folder`), the others added (`+model=tiny`).
-    In a sweep, options below the others (`model.decoder_dim=256`) are forced (`++`), since Hydra looks for them before
-    it has chosen a model; that nothing else gets in so, `check_config` sees to.
     """
     listed = _groups(folder / f"{verb}.yaml")
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
-    sweep = any(argument in ("-m", "--multirun") for argument in arguments)
 
     def form(argument: str) -> str:
         key, equals, value = argument.partition("=")
         name = key.removeprefix("+")
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
-        if equals and sweep and key.partition(".")[0] in groups - listed:
-            return f"++{argument}"
         return argument
 
     return [form(argument) for argument in arguments]
 
 
+def _defaults(file: Path) -> list[Any]:
+    return list(yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", []))
+
+
 def _groups(file: Path) -> set[str]:
     """The config groups in a file's defaults list."""
-    defaults = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
-    names = (str(name) for entry in defaults if isinstance(entry, dict) for name in entry)
-    return {name for name in names if not name.startswith("override ")}
+    names = (str(name) for entry in _defaults(file) if isinstance(entry, dict) for name in entry)
+    return {name.removeprefix("optional ") for name in names if not name.startswith("override ")}
 
 
 def _keys(file: Path) -> set[str]:
     """The names that may stand in a composed configuration, outside of what the groups choose: `a`, `b.c`."""
     body = yaml.safe_load(file.read_text(encoding="utf-8"))
     below = {f"{key}.{name}" for key, value in body.items() if isinstance(value, dict) for name in value}
-    return {*body, *below, *_groups(file)} - {"defaults", "hydra"}
+    parts = {entry.partition("@")[2] for entry in _defaults(file) if isinstance(entry, str) and "@" in entry}
+    return {*body, *below, *parts, *_groups(file)} - {"defaults", "hydra"}
 
 
 def _unknown_choice(error: MissingConfigException) -> str:

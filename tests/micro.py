@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -44,12 +45,16 @@ class Result(NamedTuple):
 
 def pretrain(folder: Path, *arguments: str) -> Result:
     """`python -m fcmae.pretrain <arguments>` as if typed in `folder`, without starting another Python."""
-    from fcmae.launch import run
-    from fcmae.pretrain import pretrain
+    return command("pretrain", folder, *arguments)
 
-    with typed(folder, "pretrain", *arguments) as (out, err):
+
+def command(verb: str, folder: Path, *arguments: str) -> Result:
+    """`python -m fcmae.<verb> <arguments>` likewise."""
+    from fcmae.launch import run
+
+    with typed(folder, verb, *arguments) as (out, err):
         try:
-            run("pretrain", pretrain)
+            run(verb, getattr(import_module(f"fcmae.{verb}"), verb))
             code = 0
         except SystemExit as exit:
             code = int(exit.code or 0)

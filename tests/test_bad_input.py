@@ -17,12 +17,12 @@ from micro import MICRO, RUN, content, pretrain, write_images
 import fcmae
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.sampler import EpochSampler
-from fcmae.training.callbacks import checkpoints as checkpoint_callback
+from fcmae.data.transforms import Crop
 from fcmae.training.json_lines import JsonLinesLogger
-from fcmae.training.module import PretrainModule
+from fcmae.training.pretraining import PretrainModule
 
 FOLDER = [*MICRO, "data=folder", "data.num_workers=0", "data.batch_size=4", "data.path=images"]
-EVERY_STEP = "checkpoint.every_n_steps=1"
+EVERY_STEP = "save.every_n_steps=1"
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ BAD_VALUES = {
     "model.image_size=96": "model.image_size=96 .*data.image_size=64.*",
     "data.mean=0.5": "data.mean=0.5 must be a list.*",
     "data.std=[0,0,0]": r"(data.)?std=\[0, 0, 0\] must be positive",
-    "data.crop_scale=[1,0.2]": r"(data.)?crop_scale=\[1, 0.2\] must be two rising shares .*",
-    "data.crop_scale=[0.2,0.5,1]": r"(data.)?crop_scale=\[0.2, 0.5, 1\] must be two rising shares .*",
+    "augment.crop_scale=[1,0.2]": r"augment.crop_scale=\[1, 0.2\] must be two rising shares .*",
+    "augment.crop_scale=[0.2,0.5,1]": r"augment.crop_scale=\[0.2, 0.5, 1\] must be two rising shares .*",
     "optim.betas=0.9": "optim.betas=0.9 must be a list.*",
     "optim.betas=[0.9,1]": r"optim.betas=\[0.9, 1\] must be two numbers in \[0, 1\).*",
     "optim.base_lr=-1.5": "optim.base_lr=-1.5 must be a number from 0",
@@ -82,7 +82,7 @@ BAD_VALUES = {
     "trainer.max_epochs=-1": "trainer.max_epochs=-1 .*",
     "trainer.limit_train_batches=0": "trainer.limit_train_batches=0 .*",
     "resume=maybe": "resume='maybe' is unknown: use auto or never",
-    "checkpoint.keep=0": "checkpoint.keep=0 must be a whole number from 1",
+    "save.keep=0": "save.keep=0 must be a whole number from 1",
     "+logger.csv.foo=1": "logger.csv.foo is not an option of CSVLogger",
     "run_name=''": "run_name='' .*",
     "masking._target_=fcmae.masking.Nothing": r"(model\.)?masking._target_=fcmae.masking.Nothing .*",
@@ -117,9 +117,9 @@ def test_a_limited_epoch_of_unfinished_steps_still_ends_with_a_checkpoint_or_is_
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "data.path=images does not exist: name a folder of images"),
-        (lambda path: path.write_text("x"), "data.path=images is a file: name a folder of images"),
-        (lambda path: path.mkdir(), "data.path=images holds no image: looked in all its folders for .bmp, .jpeg, .*"),
+        (lambda path: None, "images does not exist: name a folder of images"),
+        (lambda path: path.write_text("x"), "images is a file: name a folder of images"),
+        (lambda path: path.mkdir(), "images holds no image: looked in all its folders for .bmp, .jpeg, .*"),
         (lambda path: (write_images(path / ".hidden", 3), (path / "a.txt").write_text("x")), ".* holds no image: .*"),
         (lambda path: write_images(path, 1), "1 image is too few to train on and to validate with: at least 2 .*"),
         (lambda path: write_images(path, 4), "3 training images are fewer than one effective batch of 4: .*"),
@@ -185,7 +185,7 @@ def test_too_many_broken_images_stop_the_run_and_mending_them_lets_it_go_on(tmp_
     for file in broken:
         file.write_text("no image")
 
-    command = [*FOLDER, EVERY_STEP, "checkpoint.keep=9"]
+    command = [*FOLDER, EVERY_STEP, "save.keep=9"]
     message = pretrain(tmp_path, *command).error
     list_of_them = RUN / "skipped.jsonl"
     assert message.startswith(f"2 of 22 images cannot be read (data.max_broken=0.01): see {list_of_them}, then mend")
@@ -206,7 +206,7 @@ def _train_indices(count: int) -> list[int]:
             return range(count)
 
     sizes = {"image_size": 64, "in_chans": 1, "batch_size": 1, "val_images": 32, "num_workers": 0, "max_broken": 0}
-    return Counted(**sizes, mean=[0], std=[1], crop_scale=[1, 1], flip=False, seed=0).split()[0]
+    return Counted(**sizes, mean=[0], std=[1], augment=Crop(crop_scale=[1, 1], flip=False), seed=0).split()[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -292,15 +292,14 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
 def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, monkeypatch):
     """The second checkpoint does not fit."""
-    limits, export = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoint_callback.export_encoder
+    limits, export = resource.getrlimit(resource.RLIMIT_FSIZE), PretrainModule.export
 
-    def fill_the_disk(*arguments: Any) -> Path:
-        exported = export(*arguments)
+    def fill_the_disk(*arguments: Any) -> None:
+        export(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        return exported
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_callback, "export_encoder", fill_the_disk)
+        patch.setattr(PretrainModule, "export", fill_the_disk)
         try:
             message = pretrain(tmp_path, *MICRO, EVERY_STEP).error
         finally:

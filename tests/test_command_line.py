@@ -14,7 +14,7 @@ from micro import MICRO, RUN, SMOKE, Result, content, pretrain, typed
 import fcmae
 from fcmae.__main__ import main
 from fcmae.launch import config_folder, normalize
-from fcmae.models.create import SIZES
+from fcmae.models.convnext import SIZES
 
 GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
@@ -99,9 +99,12 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
         (["experiment=smoke"], f"no model is chosen: add +model=NAME with one of {NAMES}"),
         (["+model=tinny"], f"model=tinny is not one of {NAMES}; did you mean tiny?"),
         (["model=qqq"], f"model=qqq is not one of {NAMES}"),
-        (["+model=tiny", "data=foldr"], "data=foldr is not one of digits, folder; did you mean folder?"),
-        (["+model=tiny", "experiment=smok"], "experiment=smok is not one of fcmae, smoke; did you mean smoke?"),
-        (["+model=tiny", "optim=sgd"], "optim=sgd is not one of adamw"),
+        (
+            ["+model=tiny", "data=foldr"],
+            "data=foldr is not one of digits, folder, imagefolder, table; did you mean folder?",
+        ),
+        (["+model=tiny", "experiment=smok"], "experiment=smok is not one of fcmae, finetune_in1k_.*, smoke; did you mean smoke?"),
+        (["+model=tiny", "optim=sgd"], "optim=sgd is not one of adamw, finetune"),
         (["+model=tiny", "data=folder"], "data.path is not given: add data.path=VALUE"),
         (["+model=custom"], "model.depths is not given: add model.depths=VALUE"),
         (["+model=tiny", "epoch=3"], "epoch is not an option; did you mean epochs?"),
@@ -120,7 +123,7 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
         (["+model=tiny", "epochs=0"], "epochs=0 must be a whole number from 1"),
         (["+model=tiny", "epochs=1.5"], "epochs=1.5 must be a whole number from 1"),
         (["+model=tiny", "data.batch_size=8.5"], "data.batch_size=8.5 must be a whole number"),
-        (["+model=tiny", "data.flip=3"], "data.flip=3 must be true or false"),
+        (["+model=tiny", "augment.flip=3"], "augment.flip=3 must be true or false"),
         (["+model=tiny", "optim.base_lr=high"], "optim.base_lr='high' must be a number"),
         (["+model=tiny", "model.grn_scope=all"], "model.grn_scope='all' is unknown: use 'image' or 'batch'"),
         (["+model=tiny", "compile=maybe"], "compile='maybe' is unknown: use True or False"),
@@ -139,15 +142,15 @@ def test_a_mistake_is_told_in_one_line(arguments, message, tmp_path):
 
 
 def test_an_unknown_option_of_a_plain_group_is_refused(tmp_path):
-    message = pretrain(tmp_path, *MICRO, "+checkpoint.keeep=1").only_error
-    assert message == "checkpoint.keeep is not an option; did you mean checkpoint.keep?"
+    message = pretrain(tmp_path, *MICRO, "+save.keeep=1").only_error
+    assert message == "save.keeep is not an option; did you mean save.keep?"
     assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_the_choices(tmp_path):
     result = pretrain(tmp_path, "--help")
     assert (result.code, result.err) == (0, "")
-    for line in ("data: digits, folder", "experiment: fcmae, smoke", "optim: adamw", "trainer: auto, cpu, ddp, gpu"):
+    for line in ("data: digits, folder, imagefolder, table", "optim: adamw, finetune", "trainer: auto, cpu, ddp, gpu"):
         assert line in result.out.splitlines()
     assert f"{NAMES}" in result.out
     assert "base_lr: 0.004" in result.out

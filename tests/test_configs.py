@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcmae import FCMAE, Pixels, RandomMask, create_model
 from fcmae.launch import config_folder
-from fcmae.models.create import SIZES
+from fcmae.models.convnext import SIZES
+from fcmae.training.batch_augment import BatchAugment
 
 CONFIGS = config_folder()
 OPTIONS = sorted(
@@ -26,25 +27,52 @@ OPTIONS = sorted(
 # What a choice needs beside itself.
 NEEDS = {
     "data=folder": ["data.path=images"],
+    "data=imagefolder": ["data.path=images"],
+    "data=table": ["data.path=images", "data.table=labels.csv"],
     "experiment=fcmae": ["data.path=images"],
     "model=custom": ["model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]"],
 }
 BY_CREATE_MODEL_ALONE = {"mask_ratio", "patch_size", "norm_pix_loss"}  # in a config: the groups masking and target
 
 
-def compose(*overrides: str) -> DictConfig:
-    return _composed(*overrides).copy()
+def compose(*overrides: str, verb: str = "pretrain") -> DictConfig:
+    return _composed(verb, *overrides).copy()
 
 
 @functools.cache
-def _composed(*overrides: str) -> DictConfig:
-    model = [] if any(override.startswith("+model=") for override in overrides) else ["+model=atto"]
+def _composed(verb: str, *overrides: str) -> DictConfig:
+    model = (
+        []
+        if any(override.startswith(("+model=", "experiment=finetune")) for override in overrides)
+        else ["+model=atto"]
+    )
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose("pretrain", overrides=[*model, "run_name=test", *overrides])
+        return hydra.compose(verb, overrides=[*model, "run_name=test", *overrides])
 
 
-def compose_option(option: str) -> DictConfig:
-    return compose(f"+{option}" if option.startswith("model=") else option, *NEEDS.get(option, []))
+def verbs(option: str) -> list[str]:
+    """The verbs that an option is for."""
+    group, _, choice = option.partition("=")
+    if group in ("masking", "target") or option in (
+        "experiment=fcmae",
+        "experiment=smoke",
+        "optim=adamw",
+        "data=folder",
+    ):
+        return ["pretrain"]
+    if group == "batch_augment" or choice == "randaugment" or choice.startswith("finetune"):
+        return ["finetune"]
+    return ["pretrain", "finetune"]
+
+
+CASES = [(verb, option) for option in OPTIONS for verb in verbs(option)]
+
+
+def compose_option(option: str, verb: str) -> DictConfig:
+    needs = NEEDS.get(option, [])
+    if verb == "finetune":
+        needs = [*needs, "checkpoint=null", *([] if option == "data=digits" else ["data.path=images"])]
+    return compose(f"+{option}" if option.startswith("model=") else option, *needs, verb=verb)
 
 
 def built(node: DictConfig, **overrides: Any) -> Any:
@@ -71,29 +99,39 @@ def test_every_size_and_every_group_has_its_file():
     assert {option.partition("=")[0] for option in OPTIONS} == folders
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_keys_are_the_constructors_arguments(option):
-    config = OmegaConf.to_container(compose_option(option), resolve=True)
+@pytest.mark.parametrize(("verb", "option"), CASES)
+def test_keys_are_the_constructors_arguments(verb, option):
+    config = OmegaConf.to_container(compose_option(option, verb), resolve=True)
     ours = [node for node in nodes(config) if node["_target_"].startswith("fcmae.")]
-    assert len(ours) >= 5  # model, masking, target (twice: they stand in the model too), optim, data
+    assert len(ours) >= 5  # model, optim, data, augment and masking, target or batch_augment
     for node in ours:
         wanted = arguments(node["_target_"])
         if node["_target_"] == "fcmae.models.create.create_model":
             wanted -= BY_CREATE_MODEL_ALONE
+        if node["_target_"] == "fcmae.models.classifier.create_classifier":
+            wanted -= {"num_classes"}  # the data's
         assert set(node) - {"_target_"} == wanted, node["_target_"]
     theirs = set(config["trainer"]) - {"_target_"}
     assert theirs <= set(inspect.signature(lightning.Trainer).parameters)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_choice_builds(option, tmp_path):
-    config = compose_option(option)
+@pytest.mark.parametrize(("verb", "option"), CASES)
+def test_every_choice_builds(verb, option, tmp_path):
+    config = compose_option(option, verb)
     config.run_dir = str(tmp_path / "run")
-    with torch.device("meta"):
-        model = built(config.model)
-    assert isinstance(model, FCMAE)
-    assert isinstance(model.masking, RandomMask)
-    assert isinstance(model.target, Pixels)
+    if verb == "pretrain":
+        with torch.device("meta"):
+            model = built(config.model)
+        assert isinstance(model, FCMAE)
+        assert isinstance(model.masking, RandomMask)
+        assert isinstance(model.target, Pixels)
+        encoder = model.encoder.net
+    else:
+        with torch.device("meta"):
+            encoder = built(config.model, num_classes=3)
+        assert encoder.head.fc.out_features == 3
+        assert isinstance(built(config.batch_augment), BatchAugment)
+    assert [stage.blocks[0].conv_dw.out_channels for stage in encoder.stages] == list(config.model.dims)
     data = built(config.data)
     assert data.size == (config.data.image_size, config.data.image_size)
     assert built(config.optim).peak_lr(256) == config.optim.base_lr
@@ -116,7 +154,8 @@ def test_the_trainers_choices():
 
 def test_a_default_of_python_is_the_same_in_yaml():
     # With no group data, masking or target beside it to take values from.
-    options = OmegaConf.create({"model": OmegaConf.load(CONFIGS / "_model_options.yaml")}).model
+    options = OmegaConf.create({"model": OmegaConf.load(CONFIGS / "_autoencoder.yaml")}).model
+    options.size = "custom"  # has to be chosen
     for name, parameter in inspect.signature(create_model).parameters.items():
         if name in BY_CREATE_MODEL_ALONE:
             continue
@@ -158,7 +197,12 @@ def test_the_published_recipe(size):
     assert (list(optim.betas), optim.warmup_epochs) == ([0.9, 0.95], 40)
     assert (config.epochs, trainer.max_epochs, trainer.max_steps, config.effective_batch) == (800, 800, -1, 4096)
     assert 4096 % data.batch_size == 0
-    assert (data.image_size, list(data.crop_scale), data.flip, data.in_chans) == (224, [0.2, 1.0], True, 3)
+    assert (data.image_size, list(config.augment.crop_scale), config.augment.flip, data.in_chans) == (
+        224,
+        [0.2, 1.0],
+        True,
+        3,
+    )
     assert list(data.mean) == [0.485, 0.456, 0.406]
     assert list(data.std) == [0.229, 0.224, 0.225]
     assert (model.masking.mask_ratio, model.masking.patch_size) == (0.6, 32)

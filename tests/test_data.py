@@ -14,12 +14,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fcmae import UserError
-from fcmae.data.dataset import ImageDataset, mix_seed
-from fcmae.data.digits import Digits, DigitsDataModule
+from fcmae.data.dataset import ImageDataset
+from fcmae.data.digits import Digits
 from fcmae.data.folder import Folder, FolderDataModule
+from fcmae.data.randomness import mix_seed
 from fcmae.data.sampler import EpochSampler
-from fcmae.data.transforms import eval_transform, train_transform
+from fcmae.data.transforms import Crop
 
+CROP = Crop(crop_scale=[0.2, 1.0], flip=True)
 OPTIONS: dict[str, Any] = {
     "image_size": 64,
     "in_chans": 3,
@@ -27,8 +29,7 @@ OPTIONS: dict[str, Any] = {
     "std": [0.5, 0.25, 0.2],
     "batch_size": 5,
     "val_images": 8,
-    "crop_scale": [0.2, 1.0],
-    "flip": True,
+    "augment": CROP,
     "num_workers": 0,
     "max_broken": 0.01,
     "seed": 0,
@@ -179,7 +180,7 @@ def test_samples_are_functions_of_seed_epoch_and_index_whatever_the_workers(tmp_
 def test_a_sample_leaves_the_global_random_numbers_alone(tmp_path):
     write_images(tmp_path, 4)
     source = Folder(path=tmp_path, in_chans=3)
-    data = ImageDataset(source=source, indices=[0, 1], transform=train_transform((64, 64), (0.2, 1), True), seed=0)
+    data = ImageDataset(source=source, indices=[0, 1], transform=CROP.train((64, 64)), seed=0)
     before = torch.get_rng_state()
     sample = data[(5, 1)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -278,7 +279,7 @@ def test_a_resumed_run_goes_on_at_its_place(steps_done, **options):
 )
 def test_transforms_give_the_size_in_uint8(size, picture):
     image = Image.new("RGB", picture, (10, 20, 30))
-    for transform in (train_transform(size, (0.2, 1.0), True), eval_transform(size)):
+    for transform in (CROP.train(size), CROP.evaluate(size)):
         tensor = transform(image)
         assert tensor.dtype == torch.uint8
         assert tensor.shape == (3, *size)
@@ -290,28 +291,28 @@ def test_the_eval_transform_takes_the_centre_every_time():
     pixels = np.full((64, 192), 255, dtype=np.uint8)
     pixels[:, 64:128] = 90
     image = Image.fromarray(pixels)
-    first, second = (eval_transform((64, 64))(image) for _ in range(2))
+    first, second = (CROP.evaluate((64, 64))(image) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, torch.full((1, 64, 64), 90, dtype=torch.uint8))
-    assert eval_transform((64, 192))(image).flatten(1).unique().tolist() == [90, 255]  # all of it
+    assert CROP.evaluate((64, 192))(image).flatten(1).unique().tolist() == [90, 255]  # all of it
 
 
 def test_the_train_transform_crops_flips_and_obeys():
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
-    draws = [train_transform((64, 64), (0.2, 1.0), True)(ramp).float() for _ in range(60)]
+    draws = [CROP.train((64, 64))(ramp).float() for _ in range(60)]
     rising = [bool(draw[0, 0, -1] > draw[0, 0, 0]) for draw in draws]
     assert 10 < sum(rising) < 50  # a fair coin misses this once in 10 million
     spans = [float(draw.amax() - draw.amin()) / 255 for draw in draws]
     assert min(spans) < 0.6  # sqrt(0.2 * 3/4) is the narrowest crop
     assert max(spans) > 0.8
-    whole = [train_transform((64, 64), (1.0, 1.0), False)(ramp) for _ in range(10)]
+    whole = [Crop(crop_scale=[1.0, 1.0], flip=False).train((64, 64))(ramp) for _ in range(10)]
     assert all(bool(draw[0, 0, -1] > draw[0, 0, 0]) for draw in whole)
     assert sum(torch.equal(draw[0], torch.from_numpy(np.array(ramp))) for draw in whole) >= 1
 
 
 def test_normalize():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    normalised = DigitsDataModule(**OPTIONS).normalize(images)
+    normalised = FolderDataModule(path="images", **OPTIONS).normalize(images)
     assert normalised.dtype == torch.float32
     assert normalised.is_contiguous(memory_format=torch.channels_last)
     wanted = [(0 - 0.5) / 0.5, (0.2 - 0.4) / 0.25, (1 - 0.3) / 0.2]

@@ -18,6 +18,7 @@ FLOORS = [
     {"engines"},
     {"models"},
     {"data", "checkpoints", "evaluation"},
+    {"inference"},
     {"training"},
     {"benchmark"},
 ]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fcmae import FCMAE, UserError, create_model
 from fcmae.data.digits import DigitsDataModule
+from fcmae.data.transforms import Crop
 from fcmae.training.geometry import choose_precision, set_accumulation
-from fcmae.training.module import PretrainModule
 from fcmae.training.optimization import AdamW, parameter_groups
+from fcmae.training.pretraining import PretrainModule
 
 RECIPE: dict[str, Any] = {
     "base_lr": 1.5e-4,
@@ -57,8 +58,10 @@ def fit(optim: AdamW, *, epochs: int, micro_batches: int, effective_batch: int |
         std=[0.5] * 3,
         batch_size=4,
         val_images=4,
-        crop_scale=[0.5, 1.0],
-        flip=False,
+        augment=Crop(crop_scale=[0.5, 1.0], flip=False),
+        fraction=1.0,
+        shots=None,
+        sampling="uniform",
         num_workers=0,
         max_broken=0.0,
         seed=0,

@@ -17,7 +17,7 @@ from PIL import Image
 import fcmae
 from fcmae import launch
 from fcmae.pretrain import pretrain
-from fcmae.training.module import PretrainModule
+from fcmae.training.pretraining import PretrainModule
 from fcmae.training.run_folder import RunFolder
 
 MICRO = [
@@ -33,8 +33,8 @@ MICRO = [
     "optim.warmup_epochs=1",
     "epochs=3",
     "trainer=cpu",
-    "checkpoint.every_n_steps=1",
-    "checkpoint.keep=1000",
+    "save.every_n_steps=1",
+    "save.keep=1000",
     "pictures=1",
 ]
 
@@ -144,7 +144,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch, signum: int
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
-    options = ["data.num_workers=0", "checkpoint.every_n_steps=1000"]
+    options = ["data.num_workers=0", "save.every_n_steps=1000"]
     train(tmp_path / "reference", images, *options)
     all_steps = list(steps)
     steps.clear()
@@ -183,10 +183,10 @@ def test_a_run_that_the_trainer_ends_early_is_saved_and_not_called_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(PretrainModule, "training_step", stopping)
-        train(tmp_path / "run", images, "data.num_workers=0", "checkpoint.every_n_steps=1000")
+        train(tmp_path / "run", images, "data.num_workers=0", "save.every_n_steps=1000")
     assert [file.name for file in checkpoints(tmp_path / "run")] == ["epoch=0001-step=00000003.ckpt"]
     assert not (tmp_path / "run" / "summary.json").exists()
-    train(tmp_path / "run", images, "data.num_workers=0", "checkpoint.every_n_steps=1000")
+    train(tmp_path / "run", images, "data.num_workers=0", "save.every_n_steps=1000")
     assert steps == all_steps
 
 
@@ -201,7 +201,7 @@ def test_a_run_goes_on_with_its_own_images_and_batch_only(
     if change == "more images":
         shutil.copy(copy / "00.png", copy / "more.png")
     else:  # what another number of devices does, which the configuration does not show
-        monkeypatch.setattr("fcmae.pretrain.set_accumulation", lambda trainer, **batch: 4)
+        monkeypatch.setattr("fcmae.training.session.set_accumulation", lambda trainer, **batch: 4)
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "run", copy, "data.num_workers=0")
     assert stop.value.code == 2

@@ -9,7 +9,7 @@ import fcmae
 from fcmae import UserError
 from fcmae.checkpoints.format import FORMAT
 from fcmae.engines import get_engine
-from fcmae.models.create import SIZES
+from fcmae.models.convnext import SIZES
 from fcmae.models.encoder import Encoder
 
 # size: parameters with the head of 1000 classes, without the classifier (paper appendix A; `small` is timm's)

@@ -13,17 +13,21 @@ from fcmae.errors import UserError
 FORMAT = 1
 
 
-def describe(config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself: plain data from which `fcmae.load` makes the model again.
+def describe(config: dict[str, Any], task: str, **more: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself: plain data from which the model can be made again.
 
     Args:
         config: of the run, resolved, as plain dictionaries with `model` and `data`.
+        task: pretraining or classification.
+        more: what else the task's models need to be used.
     """
     return {
         "format": FORMAT,
         "fcmae": fcmae.__version__,
+        "task": task,
         "model": config["model"],
         "input": {key: config["data"][key] for key in ("image_size", "in_chans", "mean", "std")},
+        **more,
     }
 
 

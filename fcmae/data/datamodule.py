@@ -1,8 +1,6 @@
 """The Lightning data module that all sources share."""
 
 import hashlib
-import os
-import signal
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fcmae.data.dataset import ImageDataset
+from fcmae.data.loader import Normalization, open_loader
 from fcmae.data.sampler import EpochSampler
-from fcmae.data.source import Batch, Source, collate
-from fcmae.data.transforms import eval_transform, train_transform
+from fcmae.data.source import Batch, Source
+from fcmae.data.transforms import Augment
 from fcmae.errors import UserError
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the run's seed
@@ -23,7 +22,7 @@ _SPLIT_SEED = 0  # the held-out images are the same whatever the run's seed
 
 @dataclass(kw_only=True, eq=False)
 class ImageDataModule(L.LightningDataModule):
-    """Images of one source for pre-training: a random part to learn from, a fixed part held out for validation.
+    """Images of one source: a part to learn from, a fixed part held out for validation.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -32,8 +31,7 @@ class ImageDataModule(L.LightningDataModule):
         std: per channel.
         batch_size: images per device and step.
         val_images: how many images to hold out; never more than a fifth of them.
-        crop_scale: least and largest share of a picture's area in a training crop.
-        flip: mirror every other training picture.
+        augment: what becomes of a picture in training and in validation.
         num_workers: processes that read images; `auto` is up to 8, within the cores of this process.
         max_broken: share of unreadable images at which the run stops; a single one never stops it.
         seed: of order and crops.
@@ -48,8 +46,7 @@ class ImageDataModule(L.LightningDataModule):
     std: Sequence[float]
     batch_size: int
     val_images: int
-    crop_scale: Sequence[float]
-    flip: bool
+    augment: Augment
     num_workers: int | str
     max_broken: float
     seed: int
@@ -59,7 +56,7 @@ class ImageDataModule(L.LightningDataModule):
         self._check()
         self._loaded: Source | None = None
         self.steps_done = 0
-        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.normalize = Normalization(self.mean, self.std)
 
     @abstractmethod
     def load_source(self) -> Source:
@@ -97,9 +94,11 @@ class ImageDataModule(L.LightningDataModule):
         return sorted(order[held_out:]), sorted(order[:held_out])
 
     def fingerprint(self) -> str:
-        """Changes when images come, go or are renamed."""
+        """Changes when images come, go or are renamed, or change their labels."""
         names = "\n".join(self.source.sample_id(index) for index in range(len(self.source)))
-        return f"{len(self.source)} images, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+        labels = getattr(self.source, "labels", None)
+        content = names.encode() + (b"" if labels is None else labels.numpy().tobytes())
+        return f"{len(self.source)} images, {hashlib.sha256(content).hexdigest()[:12]}"
 
     def check_enough(self, effective_batch: int, *, world_size: int, asked_for: bool) -> None:
         """Refuses an effective batch that is larger than the training set, and ranks without an image to validate.
@@ -128,70 +127,56 @@ class ImageDataModule(L.LightningDataModule):
                 f"use {fitting} or less, or more images"
             )
 
+    def dataset(self, indices: Sequence[int], *, train: bool) -> ImageDataset:
+        """Some of the images, as they come to training or to validation."""
+        transform = self.augment.train(self.size) if train else self.augment.evaluate(self.size)
+        return ImageDataset(source=self.source, indices=indices, transform=transform, seed=self.seed)
+
+    def weights(self) -> Tensor | None:
+        """How often each training image is drawn, relative to the others; None: every one once per epoch."""
+        return None
+
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of random crops; a resumed run goes on at its place in the epoch."""
+        """Batches to learn from; a resumed run goes on at its place in the epoch."""
         trainer = self.trainer
-        accumulate, world_size = (trainer.accumulate_grad_batches, trainer.world_size) if trainer else (1, 1)
         indices, _ = self.split()
-        transform = train_transform(self.size, (self.crop_scale[0], self.crop_scale[1]), self.flip)
-        return self._loader(
-            ImageDataset(source=self.source, indices=indices, transform=transform, seed=self.seed),
-            EpochSampler(
-                size=len(indices),
-                batch_size=self.batch_size,
-                accumulate=accumulate,
-                rank=trainer.global_rank if trainer else 0,
-                world_size=world_size,
-                seed=self.seed,
-                steps_done=self.steps_done,
-                max_steps_per_epoch=_whole_steps(trainer) if trainer else None,
-            ),
+        order = EpochSampler(
+            size=len(indices),
+            batch_size=self.batch_size,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            seed=self.seed,
+            steps_done=self.steps_done,
+            max_steps_per_epoch=_whole_steps(trainer) if trainer else None,
+            weights=self.weights(),
         )
+        return self._loader(self.dataset(indices, train=True), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The held-out images, centred, always in the same order; ranks share them out."""
+        """The held-out images, always in the same order; ranks share them out."""
         _, indices = self.split()
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dataset = ImageDataset(source=self.source, indices=indices, transform=eval_transform(self.size), seed=self.seed)
-        return self._loader(dataset, [(0, index) for index in range(rank, len(indices), world_size)], most_workers=2)
+        order = [(0, index) for index in range(rank, len(indices), world_size)]
+        return self._loader(self.dataset(indices, train=False), order, most_workers=2)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """uint8 images to normalised float32, on the device, in channels-last memory."""
         return batch._replace(images=self.normalize(batch.images))
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> (x / 255 - mean) / std, float32."""
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        mean, std = self._statistics_on(images.device)
-        return (images / 255 - mean) / std
-
-    def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Copied to the device once: every copy makes a GPU wait.
-        if device not in self._statistics:
-            mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
-            self._statistics[device] = mean, std
-        return self._statistics[device]
-
     def _loader(
-        self, dataset: ImageDataset, sampler: EpochSampler | list[tuple[int, int]], most_workers: int = 1000
+        self, dataset: ImageDataset, order: EpochSampler | list[tuple[int, int]], most_workers: int = 1000
     ) -> DataLoader[Batch]:
-        local_ranks = self.trainer.num_devices if self.trainer else 1
-        share = max(1, min(8, _usable_cores() // local_ranks))
-        workers = min(most_workers, share if self.num_workers == "auto" else int(self.num_workers))
-        return DataLoader(
-            dataset,  # type: ignore[arg-type]  # a data set of samples, collated to batches
-            sampler=sampler,
+        return open_loader(
+            dataset,
+            order,
             batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=self.num_workers,
+            most_workers=most_workers,
+            local_ranks=self.trainer.num_devices if self.trainer else 1,
         )
 
     def _check(self) -> None:
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale={list(self.crop_scale)} must be two rising shares in (0, 1], as [0.2, 1]")
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise UserError(f"data.image_size={list(self.image_size)} must be one number, or [height, width]")
         if not len(self.mean) == len(self.std) == self.in_chans:
@@ -214,13 +199,3 @@ def _whole_steps(trainer: L.Trainer) -> int | None:
     """Optimiser steps to which `trainer.limit_train_batches=N` shortens an epoch."""
     limit = trainer.limit_train_batches
     return max(1, limit // trainer.accumulate_grad_batches) if isinstance(limit, int) else None
-
-
-def _usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the run's own ends its step and then its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

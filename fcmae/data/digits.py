@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
-from fcmae.data.datamodule import ImageDataModule
-from fcmae.data.source import Source
+from fcmae.data.labelled import LabelledDataModule
 from fcmae.errors import UserError
 
 
@@ -23,8 +23,11 @@ class Digits:
 
         if in_chans not in (1, 3):
             raise UserError(f"data.in_chans={in_chans}: the digits are grey, use 1, or 3 for copies of it")
-        pixels = load_digits().images  # (1797, 8, 8), 0 to 16
-        self._images = np.round(pixels * (255 / 16)).astype(np.uint8)
+        digits = load_digits()  # images (1797, 8, 8), 0 to 16
+        self.class_names = [str(name) for name in digits.target_names]
+        self.labels = torch.from_numpy(digits.target).long()
+        self.held_out: list[int] | None = None
+        self._images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         self._size = size
         self._mode = "L" if in_chans == 1 else "RGB"
 
@@ -42,8 +45,8 @@ class Digits:
 
 
 @dataclass(kw_only=True, eq=False)
-class DigitsDataModule(ImageDataModule):
+class DigitsDataModule(LabelledDataModule):
     """Demonstration data: needs no download, looks like something, learns in minutes."""
 
-    def load_source(self) -> Source:
+    def load_source(self) -> Digits:
         return Digits(size=self.size, in_chans=self.in_chans)

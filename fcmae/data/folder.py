@@ -1,7 +1,7 @@
 """Any folder of images, recursively; no labels needed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +22,27 @@ class Folder:
     Args:
         path: the folder. Links to folders are followed, each folder once; hidden files are left out.
         in_chans: 1 for grey, 3 for RGB.
+        names: the images to take, as paths below the folder; None for all.
 
     Raises:
         UserError: no such folder, one that cannot be read, or no image in it.
     """
 
-    def __init__(self, *, path: str | Path, in_chans: int) -> None:
+    def __init__(self, *, path: str | Path, in_chans: int, names: Sequence[str] | None = None) -> None:
         if in_chans not in _MODES:
             raise UserError(f"data.in_chans={in_chans}: a folder of images is read with 1 (grey) or 3 (RGB) channels")
         self.path = Path(path).expanduser()
         self._mode = _MODES[in_chans]
         if not self.path.is_dir():
             what = "is a file" if self.path.exists() else "does not exist"
-            raise UserError(f"data.path={path} {what}: name a folder of images")
-        self._names = sorted(_image_names(self.path))
+            raise UserError(f"{path} {what}: name a folder of images")
+        self._names = self.find_names() if names is None else list(names)
         if not self._names:
-            raise UserError(f"data.path={path} holds no image: looked in all its folders for {', '.join(EXTENSIONS)}")
+            raise UserError(f"{path} holds no image: looked in all its folders for {', '.join(EXTENSIONS)}")
+
+    def find_names(self) -> list[str]:
+        """The paths of the images, below the folder."""
+        return sorted(_image_names(self.path))
 
     def __len__(self) -> int:
         return len(self._names)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
-from fcmae.data.dataset import mix_seed
+from fcmae.data.randomness import mix_seed
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -24,6 +25,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: of the order.
         steps_done: optimiser steps that a resumed run has behind it; the first pass starts there.
         max_steps_per_epoch: leave an epoch after so many steps.
+        weights: (size,), how often each sample is drawn relative to the others: then an epoch draws with replacement.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: int = 0,
         steps_done: int = 0,
         max_steps_per_epoch: int | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -44,6 +47,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.weights = weights
         self.steps_per_epoch = size // (batch_size * world_size * accumulate)
         if max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch)
@@ -60,7 +64,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
+        if self.weights is None:
+            order = torch.randperm(self.size, generator=generator)
+        else:
+            upto = self.weights.double().cumsum(0)  # torch.multinomial takes no more than 2^24 samples
+            drawn = torch.rand(self.size, dtype=torch.float64, generator=generator) * upto[-1]
+            order = torch.searchsorted(upto, drawn, right=True).clamp(max=self.size - 1)
         order = order[: self.steps_per_epoch * self.accumulate * self.world_size * self.batch_size]
         mine = order.view(-1, self.world_size, self.batch_size)[:, self.rank]  # (micro-batches, batch_size)
         start = self.first_step * self.accumulate if self.epoch == self.first_epoch else 0

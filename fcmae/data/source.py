@@ -7,6 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+LEFT_OUT = -1
+"""The label of an image that could not be read, where others must not stand in for it; filled with it if several."""
+
 
 class Source(Protocol):
     """A fixed, ordered collection of images."""
@@ -26,6 +29,16 @@ class Source(Protocol):
         ...
 
 
+class LabelledSource(Source, Protocol):
+    """Images of known classes."""
+
+    class_names: list[str]
+    labels: Tensor
+    """(N,) int64, the class of every image; or (N, classes) bool, where an image may have any number of them."""
+    held_out: list[int] | None
+    """The images that are there to validate with; None if the source makes no difference."""
+
+
 class Sample(NamedTuple):
     """One image on its way to a batch."""
 
@@ -34,6 +47,8 @@ class Sample(NamedTuple):
     sample_id: str
     broken: list[tuple[str, str]]
     """(sample id, reason) of the images that were passed over to get this one."""
+    label: Tensor | None = None
+    """() int64, or (classes,) float32."""
 
 
 class Batch(NamedTuple):
@@ -43,12 +58,16 @@ class Batch(NamedTuple):
     """(B, C, H, W)."""
     sample_ids: list[str]
     broken: list[tuple[str, str]]
+    labels: Tensor | None = None
+    """(B,) int64 or (B, classes) float32, where the source has labels."""
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples of one size to a batch."""
+    labels = [sample.label for sample in samples if sample.label is not None]
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         sample_ids=[sample.sample_id for sample in samples],
         broken=[entry for sample in samples for entry in sample.broken],
+        labels=torch.stack(labels) if labels else None,
     )

@@ -85,19 +85,6 @@ def global_response_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.to(h.dtype), h, grn_scale(norm, weight).to(h.dtype)[:, None])
 
 
-def initialize(module: nn.Module) -> None:
-    """Truncated normal of deviation 0.02 for kernels and matrices, zero for their biases (paper table 8).
-
-    Cut at five deviations: with the usual bounds of +-2 some samplers return, about once in ten million draws, the
-    bound itself, a hundred deviations out.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.1, b=0.1)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
 def linear(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """A linear layer on the last axis; a 1x1 convolution is one too: (..., C) -> (..., D)."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)

@@ -1,22 +1,16 @@
 """The usual parts put together: `create_model("tiny")`."""
 
-import difflib
 from collections.abc import Sequence
-from typing import Any
-
-import timm
-from timm.models.convnext import ConvNeXt
 
 from fcmae.engines import get_engine
 from fcmae.errors import UserError
 from fcmae.masking import Masking, RandomMask, patch_grid
-from fcmae.models.block import GRNScope, Recompute, initialize
+from fcmae.models.block import GRNScope, Recompute
+from fcmae.models.convnext import create_convnext
 from fcmae.models.decoder import Decoder
 from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE
 from fcmae.models.targets import Pixels, Target
-
-SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
 
 
 def create_model(
@@ -33,6 +27,7 @@ def create_model(
     target: Target | None = None,
     decoder_depth: int = 1,
     decoder_dim: int = 512,
+    use_grn: bool = True,
     grn_scope: GRNScope = "image",
     drop_path_rate: float = 0.0,
     grad_checkpointing: Recompute = "none",
@@ -55,6 +50,7 @@ def create_model(
         target: a target instead of `Pixels(norm_pix_loss=...)`.
         decoder_depth: ConvNeXt V2 blocks in the decoder.
         decoder_dim: their width.
+        use_grn: whether the encoder's blocks have a GRN layer, as V2 has and V1 has not.
         grn_scope: `image`, or `batch` as in the original PyTorch code.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
         grad_checkpointing: what the encoder computes anew in the backward pass to save memory: none, mlp or block.
@@ -63,8 +59,9 @@ def create_model(
     Raises:
         UserError: an unknown size, or a value out of its bounds.
     """
-    net = _convnext(size, depths, dims, in_chans, drop_path_rate)
-    initialize(net)
+    net = create_convnext(
+        size, depths=depths, dims=dims, in_chans=in_chans, drop_path_rate=drop_path_rate, use_grn=use_grn
+    )
     if decoder_depth < 0 or decoder_dim < 1:
         raise UserError(f"decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: use a depth from 0, a width from 1")
     masking = masking or RandomMask(mask_ratio=mask_ratio, patch_size=patch_size)
@@ -83,28 +80,6 @@ def create_model(
         masking=masking,
         target=target,
     )
-
-
-def _convnext(
-    size: str, depths: Sequence[int] | None, dims: Sequence[int] | None, in_chans: int, drop_path_rate: float
-) -> ConvNeXt:
-    if size not in (*SIZES, "custom"):
-        close = difflib.get_close_matches(size, SIZES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"size={size!r} is not one of {', '.join(SIZES)} or custom{hint}")
-    if size == "custom" and (depths is None or dims is None):
-        raise UserError("size='custom' needs depths and dims, such as [2, 2, 6, 2] and [40, 80, 160, 320]")
-    for name, values in (("depths", depths), ("dims", dims)):
-        if values is not None and (len(values) != 4 or min(values) < 1):
-            raise UserError(f"{name}={list(values)} must be four numbers from 1, one per stage")
-    if in_chans < 1 or not 0 <= drop_path_rate < 1:
-        raise UserError(f"in_chans={in_chans}, drop_path_rate={drop_path_rate}: use channels from 1, a rate in [0, 1)")
-    options: dict[str, Any] = {"in_chans": in_chans, "num_classes": 0, "drop_path_rate": drop_path_rate}
-    options |= {name: list(values) for name, values in (("depths", depths), ("dims", dims)) if values is not None}
-    if size == "custom":
-        return ConvNeXt(use_grn=True, ls_init_value=None, **options)
-    net: Any = timm.create_model(f"convnextv2_{size}", **options)
-    return net
 
 
 def _check_image_size(image_size: int | Sequence[int], masking: Masking) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor, nn, where, zeros
 
 from fcmae.engines import Engine
 from fcmae.masking import Mask
-from fcmae.models.block import convnext_block, initialize, linear
+from fcmae.models.block import convnext_block, linear
+from fcmae.models.convnext import initialize
 from fcmae.packing import pack, unpack
 
 

@@ -1,49 +1,78 @@
-"""The Lightning module of pre-training."""
+"""What the Lightning modules share: a step is a function of the weights, the batch and its number."""
 
-import logging
+from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fcmae.data.dataset import mix_seed
+from fcmae.data.randomness import mix_seed
 from fcmae.data.source import Batch
-from fcmae.engines.auto import choose
-from fcmae.evaluation.trivial import trivial_losses
-from fcmae.masking import Mask
-from fcmae.models.fcmae import FCMAE
 from fcmae.training.optimization import AdamW
 
-log = logging.getLogger(__name__)
 
-
-class PretrainModule(L.LightningModule):
-    """Trains an FCMAE; a step is a function of the weights, the batch, the seed and the step's number.
+class TrainingModule(L.LightningModule):
+    """Trains something with AdamW, its rate set before every step.
 
     Args:
-        model: the masked autoencoder.
         optim: optimiser and schedule.
-        seed: of masks and drop path.
+        seed: of whatever a step draws.
         description: how the model and its input are made, as plain data; goes into every checkpoint.
 
     Attributes:
         effective_batch: images per optimiser step, over accumulation, devices and nodes; to be set before the fit.
+        standing: what a checkpoint that is the best so far says of itself; empty in others.
     """
 
-    def __init__(self, *, model: FCMAE, optim: AdamW, seed: int, description: dict[str, Any]) -> None:
+    instead_of_demonstration = ""
+    """What to type for images of one's own."""
+
+    def __init__(self, *, optim: AdamW, seed: int, description: dict[str, Any]) -> None:
         super().__init__()
-        self.model = model
         self.optim = optim
         self.seed = seed
         self.description = description
         self.effective_batch = 0
+        self.standing: dict[str, Any] = {}
         self._step_losses: list[Tensor] = []
 
-    def on_fit_start(self) -> None:
-        """Says which engine computes; only now is this process's device in use."""
-        name = self.model.encoder.engine.name
-        log.info("engine: %s", f"{choose(self.device.type)} (auto)" if name == "auto" else name)
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The network that the optimiser trains."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch of normalised images."""
+
+    @abstractmethod
+    def compile_network(self) -> None:
+        """From here on, the network goes through torch.compile."""
+
+    def check_device(self, device: torch.device) -> None:  # most work on any
+        """Refuses a device on which the network cannot run.
+
+        Raises:
+            UserError: says why.
+        """
+
+    @abstractmethod
+    def report(self) -> list[str]:
+        """What is trained, for people, a line each."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Writes the weights for others to load.
+
+        Raises:
+            UserError: they cannot be written; an earlier export is untouched.
+        """
+
+    @abstractmethod
+    def validation_line(self) -> str:
+        """What the latest validation found, for people."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # So a resumed run draws the masks that it would have drawn: no state to save, none to lose.
@@ -51,8 +80,8 @@ class PretrainModule(L.LightningModule):
         torch.manual_seed(mix_seed("step", self.seed, self.global_step, micro_batch, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss on a batch with freshly drawn masks."""
-        loss: Tensor = self.model(batch.images).loss
+        """The loss of a batch, kept for the log."""
+        loss = self.loss(batch)
         self._step_losses.append(loss.detach())
         return loss
 
@@ -62,45 +91,19 @@ class PretrainModule(L.LightningModule):
             return  # what is logged is read from the device, and that makes it wait
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.log("train_loss", torch.stack(losses).mean(), sync_dist=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
         self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss on held-out images with masks that stay the same, beside what trivial predictors reach."""
-        mask = self.fixed_mask(batch)
-        trivial = trivial_losses(self.model.target, batch.images, mask, self.model.masking.patch_size)
-        losses = {
-            "val_loss": self.model(batch.images, mask).loss,
-            "val_loss_patch_mean": trivial.mean,
-            "val_loss_nearest_patch": trivial.nearest,
-        }
-        self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch.images))
-
-    def fixed_mask(self, batch: Batch) -> Mask:
-        """Masks that follow from the images' names alone: the same in every run, on every device, in every batch."""
-        masks = []
-        with torch.random.fork_rng(devices=[]):
-            for image, sample_id in zip(batch.images.cpu(), batch.sample_ids, strict=True):
-                torch.manual_seed(mix_seed(f"validation {sample_id}"))
-                masks.append(self.model.masking(image[None]))
-        return Mask(torch.cat([m.visible for m in masks]), torch.cat([m.index for m in masks])).to(batch.images.device)
-
     def configure_optimizers(self) -> Any:
-        """AdamW with its rate set before every step."""
+        """AdamW with the rate of each group of parameters set before every step."""
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup_steps = (
-            self.optim.warmup_epochs * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        )
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         peak = self.optim.peak_lr(self.effective_batch)
         fused = not self.trainer.gradient_clip_val  # Lightning does not clip gradients for fused optimisers
-        optimizer = self.optim.optimizer(self.model, lr=peak, fused=fused)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: (
-                self.optim.lr_at(step, peak=peak, steps=steps, warmup_steps=warmup_steps) / peak if peak else 0.0
-            ),
-        )
+        optimizer = self.optim.optimizer(self.trained, lr=peak, fused=fused)
+        factors = self.optim.factors(optimizer.param_groups, peak=peak, steps=steps, steps_per_epoch=steps_per_epoch)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fcmae"] = self.description
+        checkpoint["fcmae"] = self.description | ({"best": self.standing} if self.standing else {})

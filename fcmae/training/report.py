@@ -9,26 +9,23 @@ import lightning as L
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.digits import DigitsDataModule
 from fcmae.files import write_text
-from fcmae.training.module import PretrainModule
+from fcmae.training.module import TrainingModule
 from fcmae.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 def start(
-    folder: RunFolder, module: PretrainModule, data: ImageDataModule, trainer: L.Trainer, checkpoint: Path | None
+    folder: RunFolder, module: TrainingModule, data: ImageDataModule, trainer: L.Trainer, checkpoint: Path | None
 ) -> None:
     """Says what is about to happen, with the numbers that follow from the machine."""
-    model, optim = module.model, module.optim
+    optim = module.optim
     train, held_out = data.split()
-    encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.decoder))
     height, width = data.size
     if isinstance(data, DigitsDataModule):
-        log.info(
-            "This is demonstration data. For your own images add data=folder data.path=DIR; "
-            "for the published recipe also experiment=fcmae."
-        )
-    log.info("model: encoder %.1f M parameters, decoder %.1f M", encoder, decoder)
+        log.info("This is demonstration data. %s", module.instead_of_demonstration)
+    for line in module.report():
+        log.info(line)
     log.info("data: %d images to train on, %d held out, %dx%d px", len(train), len(held_out), height, width)
     log.info(
         "batch: %d images per step = %d per device x %d devices x %d nodes x %d accumulated",
@@ -52,22 +49,24 @@ def start(
         log.info("going on from %s", checkpoint)
 
 
-def end(folder: RunFolder, trainer: L.Trainer) -> None:
+def end(folder: RunFolder, trainer: L.Trainer, next_command: str) -> None:
     """Notes that the run is finished, and says where everything is and what to type next."""
     if not trainer.is_global_zero:
         return
-    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if "loss" in name}
+    metrics = {
+        name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if name.startswith("val_")
+    }
     write_text(folder.summary, json.dumps({"steps": trainer.global_step, **metrics}, indent=2) + "\n")
     log.info("finished after %d steps", trainer.global_step)
-    _say_where(folder)
+    _say_where(folder, next_command)
 
 
-def already_finished(folder: RunFolder) -> None:
+def already_finished(folder: RunFolder, next_command: str) -> None:
     """For a command that is typed again after its run has ended."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     log.info("this run is finished: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
     log.info("for another one give another run_name, or resume=never to start over")
-    _say_where(folder)
+    _say_where(folder, next_command)
 
 
 def stopped(step: int) -> None:
@@ -75,12 +74,14 @@ def stopped(step: int) -> None:
     log.info("interrupted after %d steps, which are saved; the same command goes on from there", step)
 
 
-def _say_where(folder: RunFolder) -> None:
+def _say_where(folder: RunFolder, next_command: str) -> None:
     for what, file in (
         ("pictures:   %s", folder.images / "latest.png"),
         ("checkpoint: %s", folder.checkpoints / "last.ckpt"),
+        ("best:       %s", folder.checkpoints / "best.ckpt"),
         ("encoder:    %s (timm's names)", folder.exported / "encoder.safetensors"),
+        ("model:      %s (timm's names)", folder.exported / "model.safetensors"),
     ):
         if file.exists():
             log.info(what, file)
-    log.info("next, in Python: model = fcmae.load(%r)", str(folder.path))
+    log.info("next: %s", next_command)

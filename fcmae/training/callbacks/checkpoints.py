@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from fcmae.checkpoints.export import export_encoder
+from fcmae.checkpoints.format import read_checkpoint
 from fcmae.errors import UserError
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.callbacks.throughput import Throughput
-from fcmae.training.module import PretrainModule
+from fcmae.training.module import TrainingModule
 
 
 class RunInterrupted(Exception):  # noqa: N818
@@ -30,16 +31,18 @@ class RunInterrupted(Exception):  # noqa: N818
 
 
 class Checkpoints(Checkpoint):
-    """Saves `epoch=...-step=....ckpt`, points `last.ckpt` at it, and refreshes the exported encoder.
+    """Saves `epoch=...-step=....ckpt`, points `last.ckpt` at it, and refreshes what is exported.
 
     Only ever after a whole optimiser step, so that a checkpoint means one thing: so many steps are done. The first
-    Ctrl-C or SIGTERM ends the step under way, saves and stops; a second Ctrl-C stops at once.
+    Ctrl-C or SIGTERM ends the step under way, saves and stops; a second Ctrl-C stops at once. After a validation that
+    is better than all before, it saves `best.ckpt` too, which holds the weights alone: to be used, not to go on from.
 
     Args:
         folder: of the checkpoints.
-        exported: folder of the exported encoder.
+        exported: folder of the exported weights.
         every_n_steps: optimiser steps between checkpoints.
         keep: how many to keep, the newest ones.
+        best_by: names of metrics; the best checkpoint is that with the highest one. None of them: no best checkpoint.
         finite_loss: asked before saving.
         throughput: whose clock stands still meanwhile.
     """
@@ -51,6 +54,7 @@ class Checkpoints(Checkpoint):
         exported: Path,
         every_n_steps: int,
         keep: int,
+        best_by: Sequence[str],
         finite_loss: FiniteLoss,
         throughput: Throughput,
     ) -> None:
@@ -58,19 +62,36 @@ class Checkpoints(Checkpoint):
         self.exported = exported
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.best_by = best_by
         self.finite_loss = finite_loss
         self.throughput = throughput
         self._signum = 0
         self._previous_handlers: dict[int, Any] = {}
+        self._best: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # By now Lightning has a handler of its own for SIGTERM, in which a run with several ranks waits for ever.
         resumed, last = Path(trainer.ckpt_path or ""), self.folder / "last.ckpt"
         if trainer.is_global_zero and resumed.is_file() and resumed != last:
             _link(resumed, last)  # in case the run was killed between saving and this
+        self._best = _standing(self.folder / "best.ckpt")
         self._previous_handlers = {
             signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGINT, signal.SIGTERM)
         }
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        scores = {name: float(metrics[name]) for name in self.best_by if name in metrics}
+        if trainer.sanity_checking or not scores:
+            return
+        name = max(scores, key=scores.__getitem__)
+        if self._best and scores[name] <= self._best["value"]:
+            return
+        assert isinstance(pl_module, TrainingModule)
+        self._best = {"metric": name, "value": scores[name], "step": trainer.global_step}
+        pl_module.standing = self._best
+        trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        pl_module.standing = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()
@@ -118,12 +139,21 @@ class Checkpoints(Checkpoint):
         file = self.folder / f"epoch={trainer.current_epoch + 1:04d}-step={trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(file, weights_only=False)
         if trainer.is_global_zero:
-            assert isinstance(pl_module, PretrainModule)
+            assert isinstance(pl_module, TrainingModule)
             _link(file, self.folder / "last.ckpt")
             for old in sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=_step)[: -self.keep]:
                 old.unlink(missing_ok=True)
-            export_encoder(pl_module.model.encoder, self.exported, pl_module.description)
+            pl_module.export(self.exported)
         self.throughput.resume_clock()
+
+
+def _standing(file: Path) -> dict[str, Any]:
+    """What the best checkpoint of an interrupted run says of itself."""
+    try:
+        best: dict[str, Any] = read_checkpoint(file)["fcmae"].get("best", {})
+    except UserError:
+        return {}
+    return best
 
 
 def _step(file: Path) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fcmae.training.callbacks.throughput import Throughput
+from fcmae.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +61,9 @@ class ProgressBar(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
-            log.info(
-                "epoch %d: validation loss %.4f (a patch's own mean reaches %.4f, its nearest visible patch %.4f)",
-                min(trainer.current_epoch + 1, trainer.max_epochs or 1),
-                metrics["val_loss"],
-                metrics["val_loss_patch_mean"],
-                metrics["val_loss_nearest_patch"],
-            )
+            assert isinstance(pl_module, TrainingModule)
+            epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
+            log.info("epoch %d: %s", epoch, pl_module.validation_line())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

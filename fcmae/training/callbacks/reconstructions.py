@@ -8,7 +8,7 @@ import lightning as L
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.source import Batch
 from fcmae.evaluation.reconstruction import picture, reconstruct, save_png
-from fcmae.training.module import PretrainModule
+from fcmae.training.pretraining import PretrainModule
 
 
 class Reconstructions(L.Callback):

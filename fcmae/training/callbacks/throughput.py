@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from fcmae.training.module import PretrainModule
+from fcmae.training.module import TrainingModule
 
 
 class Throughput(L.Callback):
@@ -43,7 +43,7 @@ class Throughput(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._steps += 1
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, TrainingModule)
         self.images_per_sec = self._steps * pl_module.effective_batch / self._elapsed
         self.data_share = self._waited / self._elapsed
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

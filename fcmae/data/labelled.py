@@ -1,0 +1,138 @@
+"""Images with labels: few of them, classes of unequal size, several labels per image."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fcmae.data.datamodule import ImageDataModule
+from fcmae.data.dataset import ImageDataset
+from fcmae.data.randomness import mix_seed
+from fcmae.data.source import LabelledSource
+from fcmae.errors import UserError
+
+Sampling = Literal["uniform", "balanced"]
+
+
+@dataclass(kw_only=True, eq=False)
+class LabelledDataModule(ImageDataModule):
+    """Images whose classes are known; training may be given few of them. Pre-training takes no notice of the labels.
+
+    Args:
+        fraction: share of each class's training images to use, at least one; 1.0 for all.
+        shots: training images of each class to use, instead of a share; None for all.
+        sampling: `uniform`: every training image once per epoch; `balanced`: drawn with replacement, such that every
+            class comes equally often.
+    """
+
+    fraction: float
+    shots: int | None
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"data.fraction={self.fraction} must be a share in (0, 1]")
+        if self.shots is not None and (self.shots < 1 or self.fraction != 1):
+            raise UserError(
+                f"data.shots={self.shots}, data.fraction={self.fraction}: give a whole number from 1, or a share in "
+                "(0, 1], not both"
+            )
+        self._split: tuple[list[int], list[int]] | None = None
+
+    @abstractmethod
+    def load_source(self) -> LabelledSource:
+        """Finds the images and their classes.
+
+        Raises:
+            UserError: there are none, or their labels are wrong.
+        """
+
+    @property
+    def labelled(self) -> LabelledSource:
+        """The images and their classes."""
+        return self.source  # type: ignore[return-value]  # load_source gives nothing else
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels."""
+        return self.labelled.class_names
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.labelled.labels.ndim == 2
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """Indices into the source: (to learn from, held out).
+
+        Raises:
+            UserError: fewer than two images, a class without one to learn from, or fewer than asked for.
+        """
+        if self._split is None:
+            held_out = self.labelled.held_out
+            if held_out is None:
+                train, held_out = super().split()
+            else:
+                train = sorted(set(range(len(self.source))) - set(held_out))
+            self._split = self._chosen(train), held_out
+        return self._split
+
+    def train_labels(self) -> Tensor:
+        """(N,) int64 or (N, classes) bool: of the images to learn from."""
+        return self.labelled.labels[self.split()[0]]
+
+    def class_counts(self) -> Tensor:
+        """(classes,) int64: how many images to learn from each class has."""
+        labels = self.train_labels()
+        return labels.sum(0) if self.is_multi_label else labels.bincount(minlength=len(self.class_names))
+
+    def weights(self) -> Tensor | None:
+        """For balanced sampling: one over the size of the image's class.
+
+        Raises:
+            UserError: images may have several classes.
+        """
+        if self.sampling == "uniform":
+            return None
+        if self.is_multi_label:
+            raise UserError("data.sampling=balanced needs one class per image; use class_weights=balanced")
+        return 1 / self.class_counts().double()[self.train_labels()]
+
+    def dataset(self, indices: Sequence[int], *, train: bool) -> ImageDataset:
+        """Labelled images; where they are counted, a broken one is left out, not replaced by another."""
+        dataset = super().dataset(indices, train=train)
+        dataset.labels = self.labelled.labels
+        if not train:
+            dataset.stand_in = torch.zeros(self.in_chans, *self.size, dtype=torch.uint8)
+        return dataset
+
+    def _chosen(self, train: list[int]) -> list[int]:
+        """The few labels: drawn from each class by the seed."""
+        members = _members(self.labelled.labels[train], len(self.class_names))
+        for name, positions in zip(self.class_names, members, strict=True):
+            if len(positions) < (self.shots or 1):
+                wanted = f"data.shots={self.shots} images" if self.shots else "an image"
+                raise UserError(
+                    f"class {name!r} has {len(positions)} images to learn from, not {wanted}: add some, or leave the "
+                    "class out" + (", or ask for fewer" if self.shots else "")
+                )
+        if self.shots is None and self.fraction == 1:
+            return train
+        chosen: set[int] = set()
+        for index, positions in enumerate(members):
+            generator = torch.Generator().manual_seed(mix_seed("few labels", self.seed, index))
+            wanted_count = self.shots or max(1, round(self.fraction * len(positions)))
+            order = torch.randperm(len(positions), generator=generator)[:wanted_count]
+            chosen |= {train[position] for position in positions[order].tolist()}
+        return sorted(chosen)
+
+
+def _members(labels: Tensor, classes: int) -> Sequence[Tensor]:
+    """The positions of each class's images."""
+    if labels.ndim == 2:
+        return [column.nonzero()[:, 0] for column in labels.T]
+    return labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())

@@ -1,0 +1,78 @@
+"""What all loaders share: worker processes that leave signals alone, and the normalisation on the device."""
+
+import os
+import signal
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from fcmae.data.dataset import ImageDataset
+from fcmae.data.source import Batch, collate
+
+
+def open_loader(
+    dataset: ImageDataset,
+    order: Sampler[tuple[int, int]] | Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    num_workers: int | str,
+    most_workers: int = 1000,
+    local_ranks: int = 1,
+) -> DataLoader[Batch]:
+    """Batches of a data set.
+
+    Args:
+        dataset: of samples.
+        order: the keys of the samples.
+        batch_size: images per batch.
+        num_workers: processes that read; `auto` is up to 8, within the cores of this process.
+        most_workers: never more than these.
+        local_ranks: processes of this machine that share its cores.
+    """
+    share = max(1, min(8, _usable_cores() // local_ranks))
+    workers = min(most_workers, share if num_workers == "auto" else int(num_workers))
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # a data set of samples, collated to batches
+        sampler=order,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Normalization:
+    """uint8 pixels to normalised float32, on whatever device they are.
+
+    Args:
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = mean
+        self.std = std
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> (x / 255 - mean) / std, float32, in channels-last memory."""
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        device = images.device
+        if device not in self._on:  # copied to the device once: every copy makes a GPU wait
+            mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+            self._on[device] = mean, std
+        mean, std = self._on[device]
+        return (images / 255 - mean) / std
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the run's own ends its step and then its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

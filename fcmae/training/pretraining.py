@@ -1,0 +1,97 @@
+"""The Lightning module of pre-training."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.checkpoints.export import export_network
+from fcmae.data.randomness import mix_seed
+from fcmae.data.source import Batch
+from fcmae.engines.auto import choose
+from fcmae.evaluation.trivial import trivial_losses
+from fcmae.masking import Mask
+from fcmae.models.block import compiled_block
+from fcmae.models.fcmae import FCMAE
+from fcmae.training.module import TrainingModule
+from fcmae.training.optimization import AdamW
+
+log = logging.getLogger(__name__)
+
+
+class PretrainModule(TrainingModule):
+    """Trains an FCMAE on images with freshly drawn masks.
+
+    Args:
+        model: the masked autoencoder.
+        optim: optimiser and schedule.
+        seed: of masks and drop path.
+        description: how the model and its input are made, as plain data; goes into every checkpoint.
+    """
+
+    instead_of_demonstration = (
+        "For your own images add data=folder data.path=DIR; for the published recipe also experiment=fcmae."
+    )
+
+    def __init__(self, *, model: FCMAE, optim: AdamW, seed: int, description: dict[str, Any]) -> None:
+        super().__init__(optim=optim, seed=seed, description=description)
+        self.model = model
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.model
+
+    def compile_network(self) -> None:
+        """One graph per stage."""
+        self.model.encoder.run_block = self.model.decoder.run_block = compiled_block()
+
+    def check_device(self, device: torch.device) -> None:
+        self.model.encoder.engine.check_device(device)
+
+    def report(self) -> list[str]:
+        parts = (self.model.encoder, self.model.decoder)
+        encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in parts)
+        return [f"model: encoder {encoder:.1f} M parameters, decoder {decoder:.1f} M"]
+
+    def on_fit_start(self) -> None:
+        """Says which engine computes; only now is this process's device in use."""
+        name = self.model.encoder.engine.name
+        log.info("engine: %s", f"{choose(self.device.type)} (auto)" if name == "auto" else name)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss on hidden patches."""
+        loss: Tensor = self.model(batch.images).loss
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss on held-out images with masks that stay the same, beside what trivial predictors reach."""
+        mask = self.fixed_mask(batch)
+        trivial = trivial_losses(self.model.target, batch.images, mask, self.model.masking.patch_size)
+        losses = {
+            "val_loss": self.model(batch.images, mask).loss,
+            "val_loss_patch_mean": trivial.mean,
+            "val_loss_nearest_patch": trivial.nearest,
+        }
+        self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch.images))
+
+    def validation_line(self) -> str:
+        metrics = self.trainer.callback_metrics
+        return (
+            f"validation loss {metrics['val_loss']:.4f} (a patch's own mean reaches "
+            f"{metrics['val_loss_patch_mean']:.4f}, its nearest visible patch {metrics['val_loss_nearest_patch']:.4f})"
+        )
+
+    def fixed_mask(self, batch: Batch) -> Mask:
+        """Masks that follow from the images' names alone: the same in every run, on every device, in every batch."""
+        masks = []
+        with torch.random.fork_rng(devices=[]):
+            for image, sample_id in zip(batch.images.cpu(), batch.sample_ids, strict=True):
+                torch.manual_seed(mix_seed(f"validation {sample_id}"))
+                masks.append(self.model.masking(image[None]))
+        return Mask(torch.cat([m.visible for m in masks]), torch.cat([m.index for m in masks])).to(batch.images.device)
+
+    def export(self, folder: Path) -> None:
+        """Writes `encoder.safetensors`, in timm's names."""
+        export_network(self.model.encoder.net, folder / "encoder.safetensors", self.description)

@@ -1,0 +1,175 @@
+"""One run, from a checked configuration to its end: the folder, the lock, the loggers, the fit, the report."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from fcmae.checkpoints.format import check_same_steps, read_checkpoint
+from fcmae.data.datamodule import ImageDataModule
+from fcmae.training import report
+from fcmae.training.callbacks.broken_images import BrokenImages
+from fcmae.training.callbacks.checkpoints import Checkpoints, RunInterrupted
+from fcmae.training.callbacks.finite_loss import FiniteLoss
+from fcmae.training.callbacks.progress import ProgressBar
+from fcmae.training.callbacks.throughput import Throughput
+from fcmae.training.checkpoint_io import AtomicCheckpointIO
+from fcmae.training.console import messages, open_console
+from fcmae.training.geometry import choose_precision, cluster_environment, set_accumulation
+from fcmae.training.loggers import start_loggers, wandb_run_id
+from fcmae.training.module import TrainingModule
+from fcmae.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a verb brings to its run.
+
+    Attributes:
+        module: with a description of the model.
+        data: images to train on.
+        callbacks: of this verb alone.
+        best_by: metrics by which a checkpoint is the best.
+        say: tells what is about to happen, in the run's log.
+    """
+
+    module: TrainingModule
+    data: ImageDataModule
+    callbacks: Sequence[L.Callback] = ()
+    best_by: Sequence[str] = ()
+    say: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all runs have in common, taken from their configuration.
+
+    Attributes:
+        config: the whole of it, resolved, as plain data.
+        overrides: what was typed.
+        next_command: what one would type after the run.
+        trainer: makes Lightning's trainer from what is added here.
+        loggers: makes the loggers, given the folder's Weights & Biases id.
+    """
+
+    config: dict[str, Any]
+    overrides: list[str]
+    next_command: str
+    trainer: Callable[..., L.Trainer]
+    loggers: Callable[[str | None], list[Logger]]
+
+
+def train(setting: Setting, make_parts: Callable[[RunFolder], Parts]) -> None:
+    """Runs, or goes on with, what a configuration describes.
+
+    Everything is built and checked before the run's folder is touched, so that a mistake leaves nothing half-written.
+
+    Args:
+        setting: of the run.
+        make_parts: builds module and data; called once, seeded, unless the run is finished.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    config = setting.config
+    folder, console = RunFolder(Path(config["run_dir"])), open_console()
+    start_over = config["resume"] == "never"
+    if not start_over:
+        folder.check_same(config)
+        if folder.is_finished():
+            with messages(console, log_file=None):
+                report.already_finished(folder, setting.next_command)
+            return
+    checkpoint = None if start_over else folder.newest_checkpoint()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    parts = make_parts(folder)
+    trainer = _trainer(setting, parts, folder, console)
+    _join(config, parts, trainer, checkpoint)
+
+    first = trainer.is_global_zero
+    if first and start_over:
+        folder.set_aside()
+    with (
+        folder.lock() if first else nullcontext(),
+        messages(console, log_file=folder.log, silent=not first),
+    ):
+        if first:
+            folder.create(config, setting.overrides)
+        run_id = wandb_run_id(folder.path) if "wandb" in config["logger"] else None
+        trainer.loggers = start_loggers(setting.loggers(run_id), folder)
+        parts.say()
+        report.start(folder, parts.module, parts.data, trainer, checkpoint)
+        _fit(setting, folder, parts, trainer, checkpoint)
+
+
+def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console) -> L.Trainer:
+    throughput, finite_loss = Throughput(), FiniteLoss()
+    options, save = setting.config["trainer"], setting.config["save"]
+    return setting.trainer(
+        precision=choose_precision(options["precision"], options["accelerator"]),
+        callbacks=[
+            throughput,
+            finite_loss,
+            BrokenImages(file=folder.skipped, images=len(parts.data.source), max_broken=parts.data.max_broken),
+            *parts.callbacks,
+            ProgressBar(throughput=throughput, console=console),
+            Checkpoints(
+                folder=folder.checkpoints,
+                exported=folder.exported,
+                every_n_steps=save["every_n_steps"],
+                keep=save["keep"],
+                best_by=parts.best_by,
+                finite_loss=finite_loss,
+                throughput=throughput,
+            ),
+        ],
+        plugins=[AtomicCheckpointIO(), *cluster_environment()],
+        logger=False,
+        default_root_dir=str(folder.path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
+    """Tells module, data and trainer what follows from one another, and where an earlier start stopped."""
+    module, data = parts.module, parts.data
+    module.effective_batch = set_accumulation(
+        trainer, batch_size=data.batch_size, effective_batch=config["effective_batch"]
+    )
+    data.check_enough(
+        module.effective_batch,
+        world_size=trainer.num_devices * trainer.num_nodes,
+        asked_for=config["effective_batch"] is not None,
+    )
+    module.check_device(trainer.strategy.root_device)
+    module.description["steps"] = {"data": data.fingerprint(), "effective_batch": module.effective_batch}
+    if checkpoint is not None:
+        earlier = read_checkpoint(checkpoint)
+        check_same_steps(earlier["fcmae"], module.description, checkpoint)
+        data.steps_done = earlier["global_step"]
+    if config["channels_last"]:
+        module.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        module.compile_network()
+
+
+def _fit(setting: Setting, folder: RunFolder, parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+    except RunInterrupted as error:
+        report.stopped(trainer.global_step)
+        raise SystemExit(128 + error.signum) from None
+    if trainer.global_step < int(trainer.estimated_stepping_batches):  # by an option such as trainer.max_time
+        report.stopped(trainer.global_step)
+        return
+    if "val_loss" not in trainer.callback_metrics:  # stopped earlier, between the last step and its validation
+        trainer.validate(parts.module, datamodule=parts.data, verbose=False)
+    report.end(folder, trainer, setting.next_command)
