@@ -1,0 +1,207 @@
+"""`python -m fcmae.evaluate checkpoint=outputs/finetune/x data.path=DIR`: how good is it?"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from fcmae.config_check import check_choice, check_whole
+from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.transforms import Crop
+from fcmae.errors import UserError
+from fcmae.evaluation.classification import ClassificationMetrics
+from fcmae.evaluation.classification_report import ClassificationReport
+from fcmae.evaluation.knn import KNN, accuracy
+from fcmae.evaluation.linear_probe import linear_probe
+from fcmae.files import write_text
+from fcmae.inference.batches import Compute, outputs
+from fcmae.inference.features import FeatureCache, Features, feature_function, labelled_features, weights_digest
+from fcmae.inference.trained import Trained, load_trained
+from fcmae.inference.work import compute_options, image_sides, progress_bar
+from fcmae.launch import build, run
+
+
+def evaluate(config: DictConfig) -> None:
+    """Says how good a classifier is, or a frozen encoder by a probe; writes numbers, tables and a picture.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    check_choice(config, "split", ("val", "train", "all"))
+    check_choice(config, "probe", (None, "knn", "linear"))
+    check_whole(config, "seed", least=0, most=2**32 - 1)
+    compute = compute_options(config)
+    trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
+    data = _data(config, trained)
+    compute.place(trained.net)
+    out, broken, found = _out(config), Broken(), dict[str, Any]()
+    if config.probe is None:
+        report = _classify(config, trained, data, compute, broken)
+    else:
+        report, found = _probe(config, trained, data, compute, broken)
+    about = {
+        "checkpoint": str(trained.source.file),
+        "weights": trained.source.kind,
+        "image_size": list(trained.preparation.image_size),
+        "skipped": [name for name, _ in broken],
+        "probe": config.probe,
+        **found,
+    }
+    without_picture = report.save(out)
+    write_text(out / "about.json", json.dumps(about, indent=2) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    for name, reason in broken:
+        console.print(f"skipped {name}: {reason}", markup=False)
+    for line in [*report.lines(), *_told(found), without_picture or "", f"written: {out}"]:
+        console.print(line, markup=False) if line else None
+
+
+Broken = list[tuple[str, str]]
+"""(sample id, reason) of images that could not be read."""
+
+
+def _out(config: DictConfig) -> Path:
+    """The folder of the results: as given, or named after the run that the checkpoint is of."""
+    if config.out is not None:
+        return Path(config.out)
+    place = Path(config.checkpoint).resolve()
+    place = place.parent if place.is_file() else place
+    return Path("outputs/evaluate") / (place.parent.name if place.name in ("checkpoints", "exported") else place.name)
+
+
+def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
+    """The labelled images, read as the network wants them."""
+    given = trained.preparation
+    data = build(
+        config.data,
+        augment=Crop(crop_scale=[1.0, 1.0], flip=False),
+        image_size=list(given.image_size),
+        in_chans=given.in_chans,
+        mean=list(given.mean),
+        std=list(given.std),
+    )
+    if not isinstance(data, LabelledDataModule):
+        raise UserError(
+            "data=folder has no labels: use data=imagefolder (a folder per class) or data=table (a CSV file)"
+        )
+    return data
+
+
+def _classify(
+    config: DictConfig, trained: Trained, data: LabelledDataModule, compute: Compute, broken: Broken
+) -> ClassificationReport:
+    """The network's own classifier on one part of the images."""
+    if not trained.class_names:
+        raise UserError(f"{trained.source.file} holds no classifier: add probe=knn or probe=linear, or fine-tune it")
+    train, val = data.split()
+    indices = {"train": train, "val": val, "all": sorted([*train, *val])}[config.split]
+    metrics = ClassificationMetrics(len(trained.class_names), multi_label=trained.multi_label)
+    metrics.to(compute.torch_device)
+    labels = _labels(trained, data)
+    with progress_bar() as bar:
+        task = bar.add_task(config.split, total=len(indices))
+        for output in outputs(
+            data.source, indices, trained.preparation, trained.net, compute,
+            labels=labels, broken=broken, advance=lambda images: bar.advance(task, images),
+        ):  # fmt: skip
+            assert output.labels is not None
+            metrics.update(output.values, output.labels)
+    return metrics.compute(trained.class_names)
+
+
+def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
+    """The data's labels, by the classifier's numbers."""
+    names, theirs = list(trained.class_names), data.class_names
+    if data.is_multi_label != trained.multi_label:
+        kinds = ("one label per image", "several labels per image")
+        raise UserError(
+            f"{trained.source.file} knows {kinds[trained.multi_label]}, the data has {kinds[data.is_multi_label]}: "
+            "evaluate it on images that are labelled as those of its training"
+        )
+    if names == theirs:
+        return data.labelled.labels
+    if trained.source.description is None and len(names) == len(theirs):
+        return data.labelled.labels  # a file that does not name its classes; their order is the data's
+    unknown = [name for name in theirs if name not in names]
+    if unknown:
+        raise UserError(
+            f"class {unknown[0]!r} of the data is none of the {len(names)} that {trained.source.file} knows "
+            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}): rename or leave out its images"
+        )
+    places = torch.tensor([names.index(name) for name in theirs])
+    if not data.is_multi_label:
+        return places[data.labelled.labels]
+    labels = torch.zeros(len(data.labelled.labels), len(names), dtype=torch.bool)
+    labels[:, places] = data.labelled.labels
+    return labels
+
+
+def _probe(
+    config: DictConfig, trained: Trained, data: LabelledDataModule, compute: Compute, broken: Broken
+) -> tuple[ClassificationReport, dict[str, Any]]:
+    """A simple classifier on features of the frozen network; it learns from one part and is judged by the other."""
+    train, held_out = (_features(config, trained, data, compute, broken, part) for part in (0, 1))
+    names = data.class_names
+    metrics = ClassificationMetrics(len(names), multi_label=data.is_multi_label)
+    if config.probe == "linear":
+        options: Any = OmegaConf.to_container(config.linear)
+        probe = linear_probe(
+            train.values, train.labels, held_out.values, held_out.labels, classes=len(names), **options
+        )
+        scores = {f"{penalty:g}": score for penalty, score in probe.scores.items()}
+        metrics.to(probe.logits.device).update(probe.logits, held_out.labels)
+        return metrics.compute(names), {"penalty": f"{probe.best:g}", "scores": scores}
+    if data.is_multi_label:
+        raise UserError("probe=knn needs one label per image: use probe=linear")
+    knn = KNN(train.values, train.labels, classes=len(names), **OmegaConf.to_container(config.knn))  # type: ignore[arg-type]
+    predictions = knn.predict(held_out.values)
+    scores = {str(k): accuracy(predicted, held_out.labels) for k, predicted in predictions.items()}
+    best = max(knn.k, key=lambda k: scores[str(k)])
+    logits = knn.scores(held_out.values)[best].clamp(min=1e-6).log()  # a class without a vote is not impossible
+    metrics.to(logits.device).update(logits, held_out.labels)
+    return metrics.compute(names), {"k": str(best), "scores": scores}
+
+
+def _features(
+    config: DictConfig, trained: Trained, data: LabelledDataModule, compute: Compute, broken: Broken, part: int
+) -> Features:
+    """Of the images to learn from (part 0) or held out (1); those that are on the disk already are read back."""
+    indices, name = data.split()[part], ("train", "val")[part]
+    stages = None if config.stages is None else list(config.stages)
+    function = feature_function(trained.net, stages)
+
+    def make() -> Features:
+        with progress_bar() as bar:
+            task = bar.add_task(f"features, {name}", total=len(indices))
+            return labelled_features(
+                data, indices, trained.preparation, function, compute,
+                broken=broken, advance=lambda images: bar.advance(task, images),
+            )  # fmt: skip
+
+    made_of = {
+        "weights": weights_digest(trained.net),
+        "data": data.fingerprint(),
+        "indices": indices,
+        "preparation": asdict(trained.preparation),
+        "stages": stages,
+        "precision": str(config.precision),
+    }
+    return FeatureCache(_out(config)).get(made_of, make).to(compute.torch_device)
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    """The scores of all settings of a probe, a line each."""
+    setting = "k" if "k" in found else "penalty"
+    return [
+        f"{setting} {name}: {score:.2%}{' (best: the numbers above)' if name == found[setting] else ''}"
+        for name, score in found.get("scores", {}).items()
+    ]
+
+
+if __name__ == "__main__":
+    run("evaluate", evaluate)

@@ -1,0 +1,1 @@
+"""A trained network at work: what it makes of images, batch by batch."""

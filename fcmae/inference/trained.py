@@ -1,0 +1,86 @@
+"""A trained network back from a checkpoint, with what has to be known to use it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.models.convnext import ConvNeXt
+
+from fcmae.checkpoints.names import STEM, Size, has_grn
+from fcmae.checkpoints.weights import Weights, load_into, read_weights
+from fcmae.data.preparation import Preparation
+from fcmae.errors import UserError
+from fcmae.models.convnext import create_convnext
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A network in evaluation mode, on the CPU, and what belongs to it.
+
+    Attributes:
+        net: timm's ConvNeXt; with a classifier if it was fine-tuned.
+        source: where its weights are from.
+        preparation: of its pictures.
+        class_names: of the classifier's outputs; empty if there is none.
+        multi_label: whether an image may have any number of classes.
+    """
+
+    net: ConvNeXt
+    source: Weights
+    preparation: Preparation
+    class_names: tuple[str, ...]
+    multi_label: bool
+
+
+def load_trained(path: str | Path, *, ema: bool | None = None, image_size: tuple[int, int] | None = None) -> Trained:
+    """The network of any checkpoint that `read_weights` reads, built to fit its weights.
+
+    What a file does not say is taken as for ImageNet: 224 px, its mean and deviation (per channel 0.5 and 0.25 where
+    there are not three channels), classes named by their numbers.
+
+    Args:
+        path: a run's folder, a checkpoint, an export or a state dict.
+        ema: the moving average of the weights (True), the weights themselves (False), or the average where there is
+            one (None).
+        image_size: (height, width) in pixels, instead of that of training.
+
+    Raises:
+        UserError: as `read_weights`, or the file says of itself what cannot be.
+    """
+    source = read_weights(path, ema=ema)
+    size, in_chans = Size.of(source.weights), int(source.weights[STEM].shape[1])
+    classes = len(source.weights["head.fc.weight"]) if "head.fc.weight" in source.weights else 0
+    net = create_convnext(
+        "custom",
+        depths=size.depths,
+        dims=size.dims,
+        in_chans=in_chans,
+        num_classes=classes,
+        use_grn=has_grn(source.weights),
+    )
+    load_into(net, source)
+    said = source.description or {}
+    names = tuple(map(str, said.get("class_names", range(classes))))
+    given: dict[str, Any] = said.get("input", {})
+    side = given.get("image_size", 224)
+    default = (_IMAGENET_MEAN, _IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+    mean, std = (tuple(given.get(key, value)) for key, value in zip(("mean", "std"), default, strict=True))
+    if (classes and len(names) != classes) or not len(mean) == len(std) == in_chans:
+        raise UserError(
+            f"{source.file} contradicts itself: {classes} classes with {len(names)} names, {in_chans} channels with "
+            f"{len(mean)} means; the file is damaged, take another checkpoint of the run"
+        )
+    return Trained(
+        net=net.eval(),
+        source=source,
+        preparation=Preparation(
+            image_size=image_size or ((side, side) if isinstance(side, int) else (side[0], side[1])),
+            mean=mean,
+            std=std,
+            crop_pct=said.get("crop_pct", "auto"),
+        ),
+        class_names=names if classes else (),
+        multi_label=bool(said.get("multi_label", False)),
+    )

@@ -1,0 +1,111 @@
+"""A trained network and a pile of images, as predict and embed have them: progress, skipped images, the end."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fcmae.data.folder import Folder
+from fcmae.errors import UserError
+from fcmae.files import write_text
+from fcmae.inference.batches import Compute, Output, outputs
+from fcmae.inference.trained import Trained, load_trained
+
+
+@dataclass
+class Work:
+    """What is to be done, and what came of it.
+
+    Attributes:
+        trained: the network.
+        images: where they are.
+        compute: how.
+        out: file of the results.
+        broken: (sample id, reason) of images that could not be read.
+    """
+
+    trained: Trained
+    images: Folder
+    compute: Compute
+    out: Path
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+    def outputs(self, apply: Callable[[Tensor], Tensor]) -> Iterator[Output]:
+        """What `apply` makes of the images, in the order of their paths, with a progress bar."""
+        self.compute.place(self.trained.net)
+        with progress_bar() as bar:
+            task = bar.add_task("images", total=len(self.images))
+            yield from outputs(
+                self.images,
+                range(len(self.images)),
+                self.trained.preparation,
+                apply,
+                self.compute,
+                broken=self.broken,
+                advance=lambda images: bar.advance(task, images),
+            )
+
+    def say_done(self) -> None:
+        """Says what was written, and lists the skipped images beside it."""
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"{len(self.images) - len(self.broken)} images: {self.out}", markup=False)
+        listed = self.out.with_name(f"{self.out.name}.skipped.jsonl")
+        if self.broken:
+            lines = (json.dumps({"id": name, "reason": reason}) for name, reason in self.broken)
+            write_text(listed, "".join(f"{line}\n" for line in lines))
+            console.print(f"{len(self.broken)} images could not be read: {listed}", markup=False)
+        else:
+            listed.unlink(missing_ok=True)  # of an earlier time
+
+
+def open_work(config: Any) -> Work:
+    """What a configuration with `checkpoint`, `images`, `out` and the options of `Compute` asks for.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    compute = compute_options(config)
+    out = Path(config.out).expanduser()
+    if not out.parent.is_dir():
+        raise UserError(f"out={config.out}: the folder {out.parent} does not exist; make it, or name another")
+    trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
+    place = Path(config.images).expanduser()
+    one = [place.name] if place.is_file() else None
+    images = Folder(path=place.parent if one else place, in_chans=trained.preparation.in_chans, names=one)
+    return Work(trained, images, compute, out)
+
+
+def compute_options(config: Any) -> Compute:
+    """Those that every configuration for a trained network has."""
+    names = ("batch_size", "num_workers", "device", "precision", "max_broken")
+    return Compute(**{name: config[name] for name in names})
+
+
+def image_sides(image_size: Any) -> tuple[int, int] | None:
+    """One side or two.
+
+    Raises:
+        UserError: neither.
+    """
+    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if sides is None:
+        return None
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 32 for side in sides):
+        raise UserError(f"image_size={image_size} must be one side or two, [height, width], from 32 pixels")
+    return sides[0], sides[1]
+
+
+def progress_bar() -> Progress:
+    """Images done, share, time left; on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
