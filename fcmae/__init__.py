@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fcmae.checkpoints.load import load as load
     from fcmae.errors import UserError as UserError
+    from fcmae.inference.trained import load_trained as load_trained
     from fcmae.masking import Mask as Mask
     from fcmae.masking import RandomMask as RandomMask
     from fcmae.models.create import create_model as create_model
@@ -29,6 +30,7 @@ _HOME = {
     "UserError": "fcmae.errors",
     "create_model": "fcmae.models.create",
     "load": "fcmae.checkpoints.load",
+    "load_trained": "fcmae.inference.trained",
 }
 __all__ = sorted(_HOME)
 

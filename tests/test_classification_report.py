@@ -146,7 +146,7 @@ def test_logits_that_look_like_probabilities_are_none() -> None:
 
 
 def test_saturated_logits_keep_their_ranks() -> None:
-    logits, labels = torch.tensor([[20.0], [400.0], [22.0], [30.0]]), torch.tensor([[0], [1], [0], [1]])
+    logits, labels = torch.tensor([[50.0], [400.0], [45.0], [60.0]]), torch.tensor([[0], [1], [0], [1]])
     assert report_on(logits, labels).metrics["map"] == 1
 
 

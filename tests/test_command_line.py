@@ -103,7 +103,10 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
             ["+model=tiny", "data=foldr"],
             "data=foldr is not one of digits, folder, imagefolder, table; did you mean folder?",
         ),
-        (["+model=tiny", "experiment=smok"], "experiment=smok is not one of fcmae, finetune_in1k_.*, smoke; did you mean smoke?"),
+        (
+            ["+model=tiny", "experiment=smok"],
+            "experiment=smok is not one of fcmae, finetune_in1k_.*, smoke; did you mean smoke?",
+        ),
         (["+model=tiny", "optim=sgd"], "optim=sgd is not one of adamw, finetune"),
         (["+model=tiny", "data=folder"], "data.path is not given: add data.path=VALUE"),
         (["+model=custom"], "model.depths is not given: add model.depths=VALUE"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from micro import command, content
+from micro import command, content, pretrain
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
+from fcmae.models.convnext import create_convnext
 from fcmae.training.classification import ClassificationModule
 
 SIZE = ["+model=custom", "model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]"]
@@ -227,3 +231,159 @@ def test_the_head_goes_first(place: Path) -> None:
     assert all(torch.equal(saved[0][name], saved[10][name]) for name in body)
     assert not torch.equal(saved[1]["net.head.fc.weight"], saved[10]["net.head.fc.weight"])
     assert not torch.equal(saved[10]["net.stem.0.weight"], saved[12]["net.stem.0.weight"])
+
+
+# -- what it starts from --
+
+
+def saved_network(file: Path, *, classes: int = 0, **options: Any) -> Path:
+    """A state dict in timm's names, as people have them lying around."""
+    net = create_convnext(
+        "custom", **{"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64], "in_chans": 3, "num_classes": classes, **options}
+    )
+    torch.save(net.state_dict(), file)
+    return file
+
+
+def test_the_weights_of_the_checkpoint_are_what_training_starts_with(place: Path) -> None:
+    file = saved_network(place / "net.pth", classes=5)
+    options = ["save.every_n_steps=1", "save.keep=100", "ema.decay=0.5"]
+    finetune(place, *options, checkpoint="net.pth")
+    told = (place / RUN / "train.log").read_text()
+    assert "encoder: " in told
+    assert "classifier: new, 2 classes (the checkpoint's has 5)" in told
+    # A warm-up starts at rate 0, so the first step changes nothing.
+    first = min((place / RUN / "checkpoints").glob("epoch=*.ckpt"))
+    now, given = torch.load(first, weights_only=True)["state_dict"], torch.load(file, weights_only=True)
+    body = [name for name in given if not name.startswith("head.fc")]
+    assert all(torch.equal(now[f"net.{name}"], given[name]) for name in body)
+    assert not torch.equal(now["net.stem.0.weight"], state(place / RUN)["net.stem.0.weight"])
+
+
+def test_a_pre_training_run_is_what_training_starts_with(place: Path) -> None:
+    options = ["data.path=images", "data=folder", "data.image_size=64", "data.num_workers=0", "data.batch_size=8"]
+    options += ["epochs=1", "trainer=cpu", "pictures=0", "model.decoder_dim=16", "run_name=p"]
+    result = pretrain(place, *SIZE, *options)
+    assert result.code == 0, result.err
+    finetune(place, "save.every_n_steps=1", "save.keep=100", checkpoint="outputs/pretrain/p")
+    first = min((place / RUN / "checkpoints").glob("epoch=*.ckpt"))
+    now = torch.load(first, weights_only=True)["state_dict"]
+    given = load_file(place / "outputs/pretrain/p/exported/encoder.safetensors")
+    assert all(torch.equal(now[f"net.{name}"], value) for name, value in given.items())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_classifier_is_kept_if_its_classes_are_the_same(place: Path, same: bool) -> None:
+    finetune(place)
+    shutil.move(place / RUN, place / "before")
+    if not same:  # as many, but others
+        for part in ("train", "val"):
+            (place / f"images/{part}/dog").rename(place / f"images/{part}/wolf")
+    finetune(place, "save.every_n_steps=1", "save.keep=100", checkpoint="before")
+    told = (place / RUN / "train.log").read_text()
+    assert ("classifier: 2 classes, from the checkpoint" in told) == same
+    first = min((place / RUN / "checkpoints").glob("epoch=*.ckpt"))
+    now, before = torch.load(first, weights_only=True)["state_dict"], state(place / "before")
+    assert torch.equal(now["net.head.fc.weight"], before["net.head.fc.weight"]) == same
+
+
+def test_channels_are_adapted_when_asked_only(place: Path) -> None:
+    saved_network(place / "net.pth")
+    grey = ["data.in_chans=1", "data.mean=[0.5]", "data.std=[0.25]"]
+    message = refused(place, *grey, checkpoint="net.pth")
+    wanted = "net.pth is for images of 3 channels, the model takes 1: use data.in_chans=3, or adapt_in_chans=sum or"
+    assert message.startswith(wanted)
+    finetune(place, *grey, "adapt_in_chans=sum", checkpoint="net.pth")
+    assert "first convolution: adapted from 3 channels to 1" in (place / RUN / "train.log").read_text()
+
+
+# -- unequal classes, several labels --
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(ClassificationModule, "on_fit_start", lambda self: seen.append(self.criterion.class_weights))
+    finetune(place, "class_weights=balanced")
+    assert seen[0].tolist() == pytest.approx(
+        compute_class_weight("balanced", classes=np.arange(2), y=[0] * 12 + [1] * 8)
+    )
+
+
+def test_several_labels_per_image(place: Path) -> None:
+    files = sorted(file.relative_to(place / "images") for file in (place / "images/train").rglob("*.png"))
+    rows = [f"{file},{'red;warm' if 'cat' in str(file) else 'green'}" for file in files]
+    (place / "labels.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
+    options = [
+        "data=table",
+        "data.table=labels.csv",
+        "data.multi_label=true",
+        "batch_augment=none",
+        "label_smoothing=0",
+    ]
+    options += ["augment.randaugment=null", "optim.base_lr=0.3", "epochs=8", "model.head_init_scale=1"]
+    summary = finetune(place, *options, "class_weights=balanced")
+    assert summary["val_map"] == 1.0
+    message = command("finetune", place, *MICRO, "checkpoint=null", *options, "run_name=y", "label_smoothing=0.1").error
+    assert message.startswith("label_smoothing=0.1 needs one label per image")
+
+
+# -- what it refuses --
+
+REFUSED = {
+    "mode=half": "mode='half' is unknown: use full or linear or head_then_full",
+    "mode=head_then_full": "optim.head_epochs=0 must be above 0 and below epochs=3 with mode=head_then_full",
+    "optim.head_epochs=1": "optim.head_epochs=1 needs mode=head_then_full, mode is full",
+    "optim.layer_decay=0": r"optim.layer_decay=0 must be a number in \(0, 1\]",
+    "optim.layer_decay_kind=group": "layer_decay_kind=group is 12 groups of 3 blocks, .*: use .*=single",
+    "optim.layer_decay_kind=pair": "optim.layer_decay_kind='pair' is unknown: use 'single' or 'group'",
+    "class_weights=some": "class_weights='some' is unknown: use none or balanced",
+    "label_smoothing=1": r"label_smoothing=1 must be a share in \[0, 1\)",
+    "ema.decay=1": r"ema.decay=1 must be a share in \[0, 1\), such as 0.9999, or null for no average",
+    "data.batch_size=5": "data.batch_size=5 is odd, and mixup and cutmix pair images: make it even, or set .*",
+    "effective_batch=6": "effective_batch=6 is not a multiple of 4 = data.batch_size=4 x .*: change one of them",
+    "effective_batch=24": "20 training images are fewer than one effective batch of 24: use .*=20 or less.*",
+    "data.shots=9": "class 'dog' has 8 images to learn from, not data.shots=9 images: add some, .*, or ask for fewer",
+    "data.fraction=0": r"data.fraction=0 must be a share in \(0, 1\]",
+    "data.sampling=fair": "data.sampling='fair' is unknown: use 'uniform' or 'balanced'",
+    "augment.randaugment=9": "augment.randaugment=9 must be text",
+    "augment.randaugment=much": "augment.randaugment=much is no policy: write it as rand-m9-mstd0.5-inc1",
+    "augment.crop_pct=2": r"augment.crop_pct=2 must be a share in \(0, 1\], auto or warp",
+    "batch_augment.mixup=-1": "batch_augment.mixup=-1 must be a number from 0",
+    "data=folder": "data=folder has no labels: use data=imagefolder .*",
+    "data.path=nowhere": "nowhere does not exist: name a folder of images",
+    "checkpoint=nowhere": "nowhere does not exist: give a run's folder, a checkpoint, an export or a state dict",
+    "checkpoint=wide.pth": r"wide.pth holds a ConvNeXt V2 custom \(depths .*, dims \[16, 16, 32, 64\]\), .*",
+    "checkpoint=images/train/cat/00.png": "images/train/cat/00.png .*",
+    "adapt_in_chans=mean": "adapt_in_chans='mean' is unknown: use sum or repeat, or null to refuse",
+    "model.num_classes=3": "Could not override 'model.num_classes'.*|model.num_classes is not an option.*",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_bad_input(place: Path, option: str) -> None:
+    saved_network(place / "wide.pth", dims=[16, 16, 32, 64])
+    saved_network(place / "net.pth")
+    checkpoint = option.removeprefix("checkpoint=") if option.startswith("checkpoint=") else "net.pth"
+    message = refused(place, *([] if option.startswith("checkpoint=") else [option]), checkpoint=checkpoint)
+    assert re.fullmatch(REFUSED[option], message), message
+
+
+def test_an_empty_class_is_named(place: Path) -> None:
+    (place / "images/train/bird").mkdir()
+    assert refused(place) == "images/train/bird holds no image: add some, or remove the folder"
+
+
+def test_a_checkpoint_has_to_be_named(place: Path) -> None:
+    arguments = [option for option in MICRO if not option.startswith("checkpoint")]
+    message = command("finetune", place, *arguments).only_error
+    assert message == "checkpoint is not given: add checkpoint=VALUE"
+
+
+def test_a_broken_image_is_skipped_and_named(place: Path) -> None:
+    broken = [place / "images/train/cat/00.png", place / "images/val/dog/00.png"]
+    for file in broken:
+        file.write_text("no image")
+    finetune(place, "data.max_broken=0.5")
+    named = {json.loads(line)["id"] for line in (place / RUN / "skipped.jsonl").read_text().splitlines()}
+    assert named == {"train/cat/00.png", "val/dog/00.png"}
+    assert re.search(r"val_acc1", (place / RUN / "summary.json").read_text())

@@ -145,15 +145,17 @@ def test_images_without_a_label_are_left_out(digits) -> None:
 
 
 def test_constant_features_say_nothing() -> None:
-    x, y = torch.randn(997, 3), torch.randint(0, 2, (997,))
-    constant = torch.full((997, 2), 0.1).cumsum(1)
-    assert constant.std(0).all(), "rounding makes them differ from their mean"
-    padded = torch.cat([x, constant], dim=1)
-    elsewhere = torch.cat([x, constant + 7], dim=1)
-    expected = linear_probe(x, y, x, y, classes=2, penalties=[1.0])
-    torch.testing.assert_close(
-        linear_probe(padded, y, elsewhere, y, classes=2, penalties=[1.0]).logits, expected.logits
-    )
+    x, y = torch.randn(60, 3), torch.randint(0, 2, (60,))
+    constant = torch.tensor([0.1, 300.0]).expand(60, 2)
+    rounded = constant * (
+        1 + torch.finfo(torch.float32).eps * torch.randn(60, 1).sign()
+    )  # as by batches of other sizes
+    assert rounded.std(0).all()
+    expected = linear_probe(x, y, x, y, classes=2, penalties=[1.0]).logits
+    for features in (constant, rounded):
+        padded, elsewhere = torch.cat([x, features], dim=1), torch.cat([x, features + 1e-3], dim=1)
+        logits = linear_probe(padded, y, elsewhere, y, classes=2, penalties=[1.0]).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
 
 
 def test_of_equals_the_largest_penalty_is_the_best() -> None:

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from fcmae.__main__ import VERBS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -30,12 +33,19 @@ SHORTER = {
         "trainer.limit_train_batches=1",
     ],
     "fcmae.bench": ["model.image_size=64", "batch_size=1", "repeats=1", "warmup=0", "precision=32"],
+    "fcmae.finetune": ["epochs=1", "data.batch_size=4", "data.num_workers=0", "trainer.limit_train_batches=1"],
+    "fcmae.evaluate": ["num_workers=0", "device=cpu"],
+    "fcmae.predict": ["num_workers=0", "device=cpu"],
+    "fcmae.embed": ["num_workers=0", "device=cpu"],
 }
+ALONE = [command for command in COMMANDS if command[2] in ("fcmae.pretrain", "fcmae.bench")]
+AFTER = [command for command in COMMANDS if command not in ALONE]  # each uses what those before it have made
 
 
 def run(command: list[str], folder: Path) -> None:
     _, _, module, *arguments = command
-    arguments = [argument.replace("DIR", str(folder)) for argument in arguments] + SHORTER[module]
+    arguments = [argument.replace("DIR", str(folder)).replace("LABELLED", str(folder)) for argument in arguments]
+    arguments += SHORTER[module]
     if "experiment=fcmae" in arguments:
         arguments += ["effective_batch=4", "data.image_size=96"]
     sys.argv = [module, *arguments]
@@ -60,16 +70,31 @@ def test_it_begins_with_the_two_commands() -> None:
 
 def test_there_are_commands_to_run() -> None:
     assert len(COMMANDS) >= 5
-    assert {command[2] for command in COMMANDS} == {"fcmae.pretrain", "fcmae.bench"}
+    assert {command[2].removeprefix("fcmae.") for command in COMMANDS} == VERBS.keys()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", ALONE, ids=" ".join)
 def test_a_command(command: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
     run(command, photos)
     if command[2] == "fcmae.pretrain":
         assert len(list(tmp_path.glob("outputs/pretrain/*/checkpoints/last.ckpt"))) == 1
+
+
+def test_the_commands_after_pre_training(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            shutil.copytree(photos, tmp_path / f"labelled/{part}/{name}")
+    run(["python", "-m", "fcmae.pretrain", "+model=tiny", "data=folder", f"data.path={photos}"], photos)
+    for command in AFTER:
+        run(command, tmp_path / "labelled")
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 24
+    assert np.load(tmp_path / "features.npy").shape == (24, 768)
+    assert (tmp_path / "outputs/evaluate/tiny-imagefolder/confusion.png").is_file()
+    assert (tmp_path / "outputs/evaluate/tiny-folder/metrics.json").is_file()
 
 
 def test_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

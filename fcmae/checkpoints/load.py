@@ -37,6 +37,8 @@ def load(
     description = checkpoint["fcmae"]
     if description["format"] != FORMAT:
         raise UserError(f"{file} has format {description['format']}, this fcmae reads {FORMAT}")
+    if description.get("task") == "classification":
+        raise UserError(f"{file} holds a classifier, no masked autoencoder: use fcmae.load_trained")
     options = dict(description["model"]) | {"engine": engine}
     options["masking"] = masking or _build(options.get("masking"), _MASKINGS, "masking", file)
     options["target"] = target or _build(options.get("target"), _TARGETS, "target", file)

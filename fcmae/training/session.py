@@ -149,6 +149,7 @@ def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: 
         world_size=trainer.num_devices * trainer.num_nodes,
         asked_for=config["effective_batch"] is not None,
     )
+    module.optim.groups(module.trained)  # refuses a network that its layer decay is not made for
     module.check_device(trainer.strategy.root_device)
     module.description["steps"] = {"data": data.fingerprint(), "effective_batch": module.effective_batch}
     if checkpoint is not None:
