@@ -134,6 +134,14 @@ def test_the_gradient_is_that_of_the_loss(several) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight)[0])
 
 
+def test_autocast_changes_nothing(digits) -> None:
+    data = split(*digits)
+    expected = linear_probe(*data, classes=10, penalties=[1000.0]).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = linear_probe(*data, classes=10, penalties=[1000.0]).logits
+    assert logits.equal(expected)
+
+
 def test_images_without_a_label_are_left_out(digits) -> None:
     data = split(digits[0].double(), digits[1])
     hidden, held_hidden = torch.rand(len(data.y)) < 0.5, torch.rand(len(data.held_y)) < 0.5

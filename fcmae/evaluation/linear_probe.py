@@ -78,8 +78,9 @@ def linear_probe(
     x, held_out = (x - mean) / scale, (features.to(x) - mean) / scale
     weight, scores, best, logits = x.new_zeros(x.shape[1] + 1, classes), {}, 0.0, x.new_zeros(0)
     for penalty in sorted(set(penalties), reverse=True):
-        _minimize(x, y, weight, penalty, max_iterations)
-        prediction = held_out @ weight[:-1] + weight[-1]  # (M, C)
+        with torch.autocast(x.device.type, enabled=False):
+            _minimize(x, y, weight, penalty, max_iterations)
+            prediction = held_out @ weight[:-1] + weight[-1]  # (M, C)
         scores[penalty] = _score(prediction, labels)
         if scores[penalty] > scores.get(best, -1.0):
             best, logits = penalty, prediction
