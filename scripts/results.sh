@@ -1,26 +1,72 @@
 #!/usr/bin/env bash
-# Does pre-training help, and what makes it FCMAE? On the embedded digits, from pre-training to the tables of
-# docs/results.md: scripts/results.sh FOLDER. Three to four hours of one CPU core; typed again it goes on.
+# Does pre-training help, and what makes it FCMAE? On the embedded digits, from pre-training to the numbers of
+# docs/results.md: scripts/results.sh FOLDER [PART ...], then python scripts/results_table.py FOLDER. About two hours of
+# one CPU core. Typed again it goes on: a finished run says so and ends at once.
 set -euo pipefail
-out=$(realpath -m "${1:?usage: scripts/results.sh FOLDER}")
+out=$(realpath -m "${1:?usage: scripts/results.sh FOLDER [PART ...]}")
+parts=("${@:2}")
+[[ ${#parts[@]} -gt 0 ]] || parts=(pretrain labels crops ablations recipe)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=scripts${PYTHONPATH:+:$PYTHONPATH}
 python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)
 
 size=(+model=custom "model.depths=[1,1,3,1]" "model.dims=[32,64,128,256]" trainer=cpu)
+rates=5.12e-3,1.536e-2,4.608e-2 # 5e-4, 1.5e-3, 4.5e-3 at 25 images per step
 
-# A run that is finished says so and ends at once.
 pretrain() { # name, seeds, options
     "$python" -m fcmae.pretrain -m "${size[@]}" model.decoder_dim=128 data=digits epochs=20 optim.warmup_epochs=2 \
         pictures=0 trainer.check_val_every_n_epoch=20 "run_dir=$out/pretrain/$1-\${seed}" "seed=$2" "${@:3}"
 }
 
-# 100 steps of 25 images each, whatever the number of labels: plain pictures and a plain loss, so that nothing but the
-# start differs.
-finetune() { # name, images per class, seeds, learning rates, options
+finetune() { # name, images per class, seeds, options: 100 steps of 25 images, however many labels there are
     local epochs=$((100 * 25 / ($2 * 10)))
     "$python" -m fcmae.finetune -m "${size[@]}" data=digits data.batch_size=25 "data.shots=$2" "epochs=$epochs" \
-        "optim.warmup_epochs=$(bc -l <<<"$epochs / 10")" "trainer.check_val_every_n_epoch=$epochs" \
-        experiment=finetune_small_data "run_name=$1" "run_dir=$out/finetune/\${run_name}/\${data.shots}-\${optim.base_lr}-\${seed}" \
-        "seed=$3" "optim.base_lr=$4" "${@:5}"
+        "trainer.check_val_every_n_epoch=$epochs" "optim.warmup_epochs=$((epochs / 10))" model.head_init_scale=1 \
+        "run_dir=$out/finetune/$1/\${data.shots}_\${optim.base_lr}_\${seed}" "seed=$3" "${@:4}"
 }
+
+# Pictures as they are and a plain loss: nothing but the start differs.
+plain=("augment.crop_scale=[1,1]" label_smoothing=0 model.drop_path_rate=0 optim.layer_decay=1 "optim.base_lr=$rates")
+from() { echo "checkpoint=$out/pretrain/$1-\${seed}"; }
+
+for part in "${parts[@]}"; do
+    case $part in
+    pretrain)
+        pretrain fcmae 0,1,2,3,4
+        ;;
+    labels)
+        for shots in 5 10 50; do
+            finetune fcmae $shots 0,1,2,3,4 "${plain[@]}" "$(from fcmae)"
+            finetune scratch $shots 0,1,2,3,4 "${plain[@]}" checkpoint=null
+        done
+        ;;
+    crops) # the same with random crops of at least half a picture
+        finetune crops-fcmae 10 0,1,2,3,4 "${plain[@]}" "augment.crop_scale=[0.5,1]" "$(from fcmae)"
+        finetune crops-scratch 10 0,1,2,3,4 "${plain[@]}" "augment.crop_scale=[0.5,1]" checkpoint=null
+        ;;
+    ablations)
+        pretrain leaky 0,1,2 model._target_=ablations.leaky
+        pretrain no-grn 0,1,2 model.use_grn=false
+        pretrain mask-30 0,1,2 masking.mask_ratio=0.3
+        pretrain mask-90 0,1,2 masking.mask_ratio=0.88 # 8 of 9 patches; 0.9 would hide all
+        finetune leaky 10 0,1,2 "${plain[@]}" "$(from leaky)"
+        finetune no-grn 10 0,1,2 "${plain[@]}" "$(from no-grn)" model.use_grn=false
+        finetune mask-30 10 0,1,2 "${plain[@]}" "$(from mask-30)"
+        finetune mask-90 10 0,1,2 "${plain[@]}" "$(from mask-90)"
+        ;;
+    recipe) # each choice of experiment=finetune_small_data turned back, one at a time
+        recipe=(experiment=finetune_small_data data.batch_size=25 optim.base_lr=1.536e-2 "$(from fcmae)")
+        finetune recipe 10 0,1,2,3,4 "${recipe[@]}"
+        finetune recipe-whole-pictures 10 0,1,2,3,4 "${recipe[@]}" "augment.crop_scale=[1,1]"
+        finetune recipe-mixed 10 0,1,2,3,4 "${recipe[@]}" batch_augment.mixup=0.8 batch_augment.cutmix=1
+        finetune recipe-head-0.001 10 0,1,2,3,4 "${recipe[@]}" model.head_init_scale=0.001
+        finetune recipe-layer-decay-0.9 10 0,1,2,3,4 "${recipe[@]}" optim.layer_decay=0.9
+        finetune recipe-no-smoothing 10 0,1,2,3,4 "${recipe[@]}" label_smoothing=0
+        finetune recipe-drop-path-0.2 10 0,1,2,3,4 "${recipe[@]}" model.drop_path_rate=0.2
+        ;;
+    *)
+        echo "results.sh: $part is none of pretrain labels crops ablations recipe" >&2
+        exit 2
+        ;;
+    esac
+done
