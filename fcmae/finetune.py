@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 
 from fcmae.checkpoints.format import describe
-from fcmae.checkpoints.weights import load_into, read_weights
+from fcmae.checkpoints.load_into import load_into
+from fcmae.checkpoints.weights import read_weights
 from fcmae.config_check import check_choice, check_run
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.errors import UserError
@@ -43,6 +44,7 @@ def finetune(config: DictConfig) -> None:
             raise UserError(
                 "data=folder has no labels: use data=imagefolder (a folder per class) or data=table (a CSV file)"
             )
+        data.leave_out_broken = True
         module, lines = _module(config, setting.config, data)
 
         def say() -> None:

@@ -22,7 +22,9 @@ def main(folder: Path) -> None:
     best = {key: max(rates.items(), key=lambda item: statistics.fmean(item[1].values())) for key, rates in runs.items()}
     print("| start | images per class | seeds | top-1, by learning rate | best |\n|---|---|---|---|---|")
     for (name, shots), rates in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0])):
-        cells = ", ".join(f"{rate:.1e}: {statistics.fmean(scores.values()):.1f}" for rate, scores in sorted(rates.items()))
+        cells = ", ".join(
+            f"{rate:.1e}: {statistics.fmean(scores.values()):.1f}" for rate, scores in sorted(rates.items())
+        )
         scores = best[name, shots][1]
         print(f"| {name} | {shots} | {len(scores)} | {cells} | {interval(list(scores.values()))} |")
     print("\n| compared | images per class | difference in points, seed by seed |\n|---|---|---|")

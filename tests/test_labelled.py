@@ -513,6 +513,9 @@ def test_broken_images_are_replaced_with_their_labels_to_learn_and_left_out_to_c
     assert torch.equal(batch.labels, source.labels[numbers].to(batch.labels.dtype))
     assert not torch.equal(source.labels[3], source.labels[2])  # else the broken one's label would do
     (batch,) = data.val_dataloader()
+    assert batch.sample_ids == ["4.png", "5.png", "6.png", "4.png"]  # to pre-train, the next one does
+    data.leave_out_broken = True
+    (batch,) = data.val_dataloader()
     assert batch.sample_ids == ["4.png", "5.png", "6.png", "7.png"]
     assert [name for name, _ in batch.broken] == ["7.png"]
     assert torch.equal(batch.labels[:3], source.labels[4:7].to(batch.labels.dtype))
@@ -560,3 +563,27 @@ def test_pretraining_takes_no_notice_of_labels(tmp_path):
 
 def without_labels() -> dict[str, Any]:
     return {name: value for name, value in OPTIONS.items() if name not in ("fraction", "shots", "sampling")}
+
+
+def test_images_without_labels_are_kept_in_their_share(tmp_path):
+    """Of 20 images 12 have no label, which tells something too."""
+    write(tmp_path, *[f"{number}.png" for number in range(30)])
+    rows = [
+        f"{number}.png,{['x', 'y', '', '', ''][number % 5]},{'val' if number >= 20 else 'train'}\n"
+        for number in range(30)
+    ]
+    table(tmp_path, "image,label,split\n" + "".join(rows), multi_label=True)
+    path, file = str(tmp_path), str(tmp_path / "labels.csv")
+    data = TableDataModule(path=path, table=file, multi_label=True, **OPTIONS | {"fraction": 0.5})
+    assert Counter(number % 5 in (0, 1) for number in data.split()[0]) == {True: 4, False: 6}
+
+
+def test_the_fingerprint_tells_the_part_to_validate_with(tmp_path):
+    write(tmp_path, *[f"{number}.png" for number in range(4)])
+    found = set()
+    for held_out in (2, 3):
+        rows = "".join(f"{n}.png,{'xy'[n % 2]},{'val' if n == held_out else 'train'}\n" for n in range(4))
+        table(tmp_path, "image,label,split\n" + rows, multi_label=False)
+        path, file = str(tmp_path), str(tmp_path / "labels.csv")
+        found.add(TableDataModule(path=path, table=file, multi_label=False, **OPTIONS).fingerprint())
+    assert len(found) == 2

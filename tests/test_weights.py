@@ -24,8 +24,9 @@ import fcmae
 from fcmae import UserError
 from fcmae.checkpoints.export import export_network
 from fcmae.checkpoints.format import FORMAT
+from fcmae.checkpoints.load_into import adapt_channels, load_into
 from fcmae.checkpoints.names import Size, layout, official_name, timm_name
-from fcmae.checkpoints.weights import Weights, adapt_channels, load_into, read_weights
+from fcmae.checkpoints.weights import Weights, read_weights
 from fcmae.models.convnext import SIZES
 
 State = dict[str, Tensor]

@@ -54,6 +54,8 @@ class ImageFolder(Folder):
             raise UserError(f"{train / empty[0]} holds no image: add some, or remove the folder")
         self.labels = torch.tensor([classes[name] for name in found])
         held_out = [index for index, name in enumerate(self._names) if parted and PurePath(name).parts[0] == "val"]
+        if parted and (self.path / "val").is_dir() and not held_out:
+            raise UserError(f"{self.path / 'val'} holds no image of a class: fill it, or remove it")
         self.held_out = held_out or None
 
 

@@ -1,5 +1,6 @@
 """Images with labels: few of them, classes of unequal size, several labels per image."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,19 @@ Sampling = Literal["uniform", "balanced"]
 
 @dataclass(kw_only=True, eq=False)
 class LabelledDataModule(ImageDataModule):
-    """Images whose classes are known; training may be given few of them. Pre-training takes no notice of the labels.
+    """Images whose classes are known; training may be given few of them.
+
+    Pre-training takes such images too: the chosen ones, without their labels.
 
     Args:
         fraction: share of each class's training images to use, at least one; 1.0 for all.
         shots: training images of each class to use, instead of a share; None for all.
         sampling: `uniform`: every training image once per epoch; `balanced`: drawn with replacement, such that every
             class comes equally often.
+
+    Attributes:
+        leave_out_broken: in validation, whether a broken image is left out (which needs labels), not replaced by
+            another; to be set before the fit.
     """
 
     fraction: float
@@ -41,6 +48,7 @@ class LabelledDataModule(ImageDataModule):
                 f"data.shots={self.shots}, data.fraction={self.fraction}: give a whole number from 1, or a share in "
                 "(0, 1], not both"
             )
+        self.leave_out_broken = False
         self._split: tuple[list[int], list[int]] | None = None
 
     @abstractmethod
@@ -81,6 +89,13 @@ class LabelledDataModule(ImageDataModule):
             self._split = self._chosen(train), held_out
         return self._split
 
+    def fingerprint(self) -> str:
+        """Changes also when labels or the part to validate with change."""
+        digest = hashlib.sha256(super().fingerprint().encode())
+        digest.update(repr((self.class_names, self.labelled.held_out)).encode())
+        digest.update(self.labelled.labels.numpy().tobytes())
+        return f"{len(self.source)} images, {digest.hexdigest()[:12]}"
+
     def train_labels(self) -> Tensor:
         """(N,) int64 or (N, classes) bool: of the images to learn from."""
         return self.labelled.labels[self.split()[0]]
@@ -103,10 +118,10 @@ class LabelledDataModule(ImageDataModule):
         return 1 / self.class_counts().double()[self.train_labels()]
 
     def dataset(self, indices: Sequence[int], *, train: bool) -> ImageDataset:
-        """Labelled images; where they are counted, a broken one is left out, not replaced by another."""
+        """Some of the images with their labels."""
         dataset = super().dataset(indices, train=train)
         dataset.labels = self.labelled.labels
-        if not train:
+        if self.leave_out_broken and not train:
             dataset.stand_in = torch.zeros(self.in_chans, *self.size, dtype=torch.uint8)
         return dataset
 
@@ -123,6 +138,8 @@ class LabelledDataModule(ImageDataModule):
         if self.shots is None and self.fraction == 1:
             return train
         chosen: set[int] = set()
+        if self.is_multi_label and self.shots is None:  # images without any label are a group of their own
+            members = [*members, (~self.labelled.labels[train].any(1)).nonzero()[:, 0]]
         for index, positions in enumerate(members):
             generator = torch.Generator().manual_seed(mix_seed("few labels", self.seed, index))
             wanted_count = self.shots or max(1, round(self.fraction * len(positions)))

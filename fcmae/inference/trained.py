@@ -6,8 +6,9 @@ from typing import Any
 
 from timm.models.convnext import ConvNeXt
 
+from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.names import STEM, Size, has_grn
-from fcmae.checkpoints.weights import Weights, load_into, read_weights
+from fcmae.checkpoints.weights import Weights, read_weights
 from fcmae.data.preparation import Preparation
 from fcmae.errors import UserError
 from fcmae.models.convnext import create_convnext

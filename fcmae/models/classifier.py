@@ -21,7 +21,7 @@ def create_classifier(
     use_grn: bool = True,
     grad_checkpointing: bool = False,
 ) -> ConvNeXt:
-    """A classifier, freshly initialised; `checkpoints.weights.load_into` gives it pre-trained weights.
+    """A classifier, freshly initialised; `checkpoints.load_into` gives it pre-trained weights.
 
     Args:
         size: atto, femto, pico, nano, tiny, small, base, large or huge (paper appendix A; `small` is timm's), or

@@ -55,5 +55,5 @@ def balanced_weights(counts: Tensor, images: int, *, multi_label: bool) -> Tenso
         multi_label: then a class's presences count as much as its absences.
     """
     if multi_label:
-        return ((images - counts) / counts).float()
+        return ((images - counts).clamp(min=1) / counts).float()  # one that is always there still learns
     return (images / (len(counts) * counts)).float()
