@@ -155,6 +155,7 @@ def test_the_rate_of_every_step(
 
 @pytest.mark.slow
 def test_the_rate_of_every_step_of_two_ranks(place: Path) -> None:
+    (place / "images/val/dog/01.png").write_text("no image")
     options = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", "trainer.log_every_n_steps=1"]
     typed = [sys.executable, "-m", "fcmae.finetune", *MICRO, "checkpoint=null", *options, "optim.base_lr=0.02"]
     result = subprocess.run(typed, cwd=place, capture_output=True, text=True, timeout=300)
@@ -163,6 +164,14 @@ def test_the_rate_of_every_step_of_two_ranks(place: Path) -> None:
     rates = [line["lr"] for line in lines if "lr" in line]
     wanted = [closed_form(step, peak=0.02 * 4 / 256, floor=1e-6, warmup=5, steps=15) for step in range(15)]
     assert rates == pytest.approx(wanted, rel=1e-6)
+    # The numbers of validation are those of all ranks together: 8 images, one of them unreadable.
+    evaluated = command("evaluate", place, f"checkpoint={RUN}", "data.path=images", "device=cpu", "out=evaluated")
+    assert evaluated.code == 0, evaluated.err
+    metrics = json.loads((place / "evaluated/metrics.json").read_text())
+    summary = json.loads((place / RUN / "summary.json").read_text())
+    assert metrics["images"] == 7
+    assert summary["val_acc1"] == pytest.approx(metrics["acc1"], abs=1e-6)
+    assert summary["val_loss"] == pytest.approx(metrics["loss"], rel=1e-4)
 
 
 # -- going on --

@@ -6,10 +6,14 @@ from pathlib import Path
 import micro
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 import fcmae
 from fcmae.engines import auto
 from fcmae.models.block import compiled_block
+from fcmae.models.classifier import create_classifier
+from fcmae.training.batch_augment import BatchAugment
+from fcmae.training.classification_loss import ClassificationLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHALLOW = {"depths": (1, 1, 2, 1), "image_size": 224}
@@ -114,3 +118,47 @@ def test_the_command(tmp_path: Path):
     assert result.code == 0, result.err
     assert "engine: triton (auto)" in (tmp_path / micro.RUN / "train.log").read_text()
     assert json.loads((tmp_path / micro.RUN / "summary.json").read_text())["val_loss"] < 1.2
+
+
+def test_a_fine_tuning_step_never_waits_for_the_device():
+    net = create_classifier("atto", num_classes=10, drop_path_rate=0.1).cuda().to(memory_format=torch.channels_last)
+    average, augment = ModelEmaV3(net, decay=0.99), BatchAugment(random_erasing=0.25, mixup=0.8, cutmix=1.0)
+    weights = torch.ones(10, device="cuda")
+    criterion = ClassificationLoss(label_smoothing=0.1, class_weights=weights, multi_label=False).cuda()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    images, labels = random_images(), torch.arange(8, device="cuda")
+
+    def step() -> torch.Tensor:
+        mixed, shares = augment(images.clone(), labels, 10)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = criterion(net(mixed), shares)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(net)
+        return loss.detach()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step() for _ in range(4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_fine_tuning_and_what_follows(tmp_path: Path):
+    model = ["+model=custom", "model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]"]
+    options = ["data=digits", "data.image_size=64", "checkpoint=null", "trainer.accelerator=gpu", "run_name=x"]
+    options += ["epochs=4", "optim.base_lr=0.02", "model.head_init_scale=1", "ema.decay=0.9", "ema.warmup=true"]
+    result = micro.command("finetune", tmp_path, *model, *options)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "outputs/finetune/x/summary.json").read_text())
+    assert summary["val_acc1"] > 0.3
+    for device in ("cpu", "cuda"):
+        options = ["checkpoint=outputs/finetune/x", "data=digits", f"device={device}", f"out={device}"]
+        result = micro.command("evaluate", tmp_path, *options, "precision=32")
+        assert result.code == 0, result.err
+    cpu, cuda = (json.loads((tmp_path / device / "metrics.json").read_text()) for device in ("cpu", "cuda"))
+    assert cuda["loss"] == pytest.approx(cpu["loss"], rel=5e-3)  # TensorFloat32 may be on
+    assert cuda["acc1"] == pytest.approx(cpu["acc1"], abs=0.01)
