@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import types
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -92,6 +92,10 @@ def check_run(config: DictConfig) -> None:
         check_whole(config, "trainer.limit_train_batches", least=1)
     if config.effective_batch is not None:
         check_whole(config, "effective_batch", least=1)
+    rising = OmegaConf.select(config, "optim.warmup_epochs"), OmegaConf.select(config, "optim.head_epochs") or 0
+    if all(isinstance(epochs, int | float) for epochs in rising) and sum(rising) > config.epochs:
+        told = f"optim.warmup_epochs={rising[0]}" + (f" after optim.head_epochs={rising[1]}" if rising[1] else "")
+        raise UserError(f"{told} is longer than the run, epochs={config.epochs}: make it shorter, a twentieth is usual")
     if not str(config.run_name or "").strip("./"):
         raise UserError(f"run_name={config.run_name!r} names no folder: give it a name, or leave it out")
     check_choice(config, "resume", ("auto", "never"))
@@ -111,6 +115,19 @@ def check_same_input(config: DictConfig) -> None:
                 f"model.{name}={config.model[name]} differs from data.{name}={config.data[name]}: "
                 f"set data.{name}, which the model follows"
             )
+
+
+def check_kinds(config: DictConfig, takes: Callable[..., Any], names: Collection[str], prefix: str = "") -> None:
+    """Compares some options with the annotations of the function or class that takes them.
+
+    Raises:
+        UserError: one of the wrong kind.
+    """
+    hints = get_type_hints(takes.__init__ if inspect.isclass(takes) else takes)
+    for name in names:
+        value = config[name]
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        _check_kind(f"{prefix}{name}", plain, hints[name])
 
 
 def closest(word: str, known: Collection[str]) -> str:

@@ -4,8 +4,8 @@ from omegaconf import DictConfig
 
 from fcmae.evaluation.tables import open_features
 from fcmae.inference.features import feature_function
-from fcmae.inference.work import open_work
 from fcmae.launch import run
+from fcmae.run_inference import open_work, stage_numbers
 
 
 def embed(config: DictConfig) -> None:
@@ -15,7 +15,7 @@ def embed(config: DictConfig) -> None:
         UserError: something that the user can mend; no file is left then.
     """
     work = open_work(config)
-    stages = None if config.stages is None else list(config.stages)
+    stages = stage_numbers(config.stages)
     with open_features(work.out) as table:
         for output in work.outputs(feature_function(work.trained.net, stages)):
             table.write(output.sample_ids, output.values.cpu().numpy())

@@ -1,6 +1,9 @@
 """`python -m fcmae.evaluate checkpoint=outputs/finetune/x data.path=DIR`: how good is it?"""
 
+import contextlib
+import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from fcmae.config_check import check_choice, check_whole
+from fcmae.config_check import check_choice, check_kinds, check_whole
+from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.transforms import Crop
 from fcmae.errors import UserError
@@ -22,8 +26,10 @@ from fcmae.files import write_text
 from fcmae.inference.batches import Compute, outputs
 from fcmae.inference.features import FeatureCache, Features, feature_function, labelled_features, weights_digest
 from fcmae.inference.trained import Trained, load_trained
-from fcmae.inference.work import compute_options, image_sides, progress_bar
 from fcmae.launch import build, run
+from fcmae.run_inference import compute_options, image_sides, progress_bar, stage_numbers
+
+log = logging.getLogger("fcmae.evaluate")  # also where this is __main__
 
 
 def evaluate(config: DictConfig) -> None:
@@ -36,17 +42,26 @@ def evaluate(config: DictConfig) -> None:
     check_choice(config, "probe", (None, "knn", "linear"))
     check_whole(config, "seed", least=0, most=2**32 - 1)
     compute = compute_options(config)
+    config.knn.k = [config.knn.k] if isinstance(config.knn.k, int) else config.knn.k
+    check_kinds(config.knn, KNN, ("k", "temperature"), "knn.")
+    check_kinds(config.linear, linear_probe, ("penalties", "max_iterations"), "linear.")
+    stages = stage_numbers(config.stages)
+    out = _out(config)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={config.out} is a file: name a folder")
     trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
     data = _data(config, trained)
     compute.place(trained.net)
-    out, broken, found = _out(config), Broken(), dict[str, Any]()
+    broken, found = Broken(), dict[str, Any]()
     if config.probe is None:
         report = _classify(config, trained, data, compute, broken)
     else:
-        report, found = _probe(config, trained, data, compute, broken)
+        report, found = _probe(config, trained, data, stages, compute, broken)
     about = {
         "checkpoint": str(trained.source.file),
-        "weights": trained.source.kind,
+        "weights": f"{'moving average' if trained.source.average else 'weights'} ({trained.source.kind})",
+        "data": {key: value for key, value in OmegaConf.to_container(config.data).items() if key in ("path", "table")},
+        "split": config.split if config.probe is None else "val, learning from train",
         "image_size": list(trained.preparation.image_size),
         "skipped": [name for name, _ in broken],
         "probe": config.probe,
@@ -57,7 +72,13 @@ def evaluate(config: DictConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, reason in broken:
         console.print(f"skipped {name}: {reason}", markup=False)
-    for line in [*report.lines(), *_told(found), without_picture or "", f"written: {out}"]:
+    for line in [
+        f"{about['weights']}: {about['checkpoint']}",
+        *report.lines(),
+        *_told(found),
+        without_picture or "",
+        f"written: {out}",
+    ]:
         console.print(line, markup=False) if line else None
 
 
@@ -71,7 +92,9 @@ def _out(config: DictConfig) -> Path:
         return Path(config.out)
     place = Path(config.checkpoint).resolve()
     place = place.parent if place.is_file() else place
-    return Path("outputs/evaluate") / (place.parent.name if place.name in ("checkpoints", "exported") else place.name)
+    place = place.parent if place.name in ("checkpoints", "exported") else place
+    probe = "" if config.probe is None else f"-{config.probe}"
+    return Path("outputs/evaluate") / f"{place.parent.name}-{place.name}{probe}"
 
 
 def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
@@ -98,8 +121,13 @@ def _classify(
     """The network's own classifier on one part of the images."""
     if not trained.class_names:
         raise UserError(f"{trained.source.file} holds no classifier: add probe=knn or probe=linear, or fine-tune it")
-    train, val = data.split()
-    indices = {"train": train, "val": val, "all": sorted([*train, *val])}[config.split]
+    held_out = data.labelled.held_out
+    if config.split == "all":
+        indices = list(range(len(data.source)))
+    elif config.split == "val" and held_out is not None:
+        indices = held_out  # whatever there is to learn from
+    else:
+        indices = data.split()[config.split == "val"]
     metrics = ClassificationMetrics(len(trained.class_names), multi_label=trained.multi_label)
     metrics.to(compute.torch_device)
     labels = _labels(trained, data)
@@ -125,8 +153,9 @@ def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
         )
     if names == theirs:
         return data.labelled.labels
-    if trained.source.description is None and len(names) == len(theirs):
-        return data.labelled.labels  # a file that does not name its classes; their order is the data's
+    if trained.source.description is None and len(names) == len(theirs) and set(names) != set(theirs):
+        log.warning("%s does not name its classes: they are taken in the order of the data's", trained.source.file)
+        return data.labelled.labels
     unknown = [name for name in theirs if name not in names]
     if unknown:
         raise UserError(
@@ -142,10 +171,18 @@ def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
 
 
 def _probe(
-    config: DictConfig, trained: Trained, data: LabelledDataModule, compute: Compute, broken: Broken
+    config: DictConfig,
+    trained: Trained,
+    data: LabelledDataModule,
+    stages: list[int] | None,
+    compute: Compute,
+    broken: Broken,
 ) -> tuple[ClassificationReport, dict[str, Any]]:
     """A simple classifier on features of the frozen network; it learns from one part and is judged by the other."""
-    train, held_out = (_features(config, trained, data, compute, broken, part) for part in (0, 1))
+    if config.probe == "knn" and data.is_multi_label:
+        raise UserError("probe=knn needs one label per image: use probe=linear")
+    train, held_out = (_features(config, trained, data, stages, compute, part) for part in (0, 1))
+    broken += train.broken + held_out.broken
     names = data.class_names
     metrics = ClassificationMetrics(len(names), multi_label=data.is_multi_label)
     if config.probe == "linear":
@@ -156,8 +193,6 @@ def _probe(
         scores = {f"{penalty:g}": score for penalty, score in probe.scores.items()}
         metrics.to(probe.logits.device).update(probe.logits, held_out.labels)
         return metrics.compute(names), {"penalty": f"{probe.best:g}", "scores": scores}
-    if data.is_multi_label:
-        raise UserError("probe=knn needs one label per image: use probe=linear")
     knn = KNN(train.values, train.labels, classes=len(names), **OmegaConf.to_container(config.knn))  # type: ignore[arg-type]
     predictions = knn.predict(held_out.values)
     scores = {str(k): accuracy(predicted, held_out.labels) for k, predicted in predictions.items()}
@@ -168,11 +203,15 @@ def _probe(
 
 
 def _features(
-    config: DictConfig, trained: Trained, data: LabelledDataModule, compute: Compute, broken: Broken, part: int
+    config: DictConfig,
+    trained: Trained,
+    data: LabelledDataModule,
+    stages: list[int] | None,
+    compute: Compute,
+    part: int,
 ) -> Features:
     """Of the images to learn from (part 0) or held out (1); those that are on the disk already are read back."""
     indices, name = data.split()[part], ("train", "val")[part]
-    stages = None if config.stages is None else list(config.stages)
     function = feature_function(trained.net, stages)
 
     def make() -> Features:
@@ -180,18 +219,31 @@ def _features(
             task = bar.add_task(f"features, {name}", total=len(indices))
             return labelled_features(
                 data, indices, trained.preparation, function, compute,
-                broken=broken, advance=lambda images: bar.advance(task, images),
+                advance=lambda images: bar.advance(task, images),
             )  # fmt: skip
 
     made_of = {
         "weights": weights_digest(trained.net),
         "data": data.fingerprint(),
+        "files": _files_digest(data, indices),
         "indices": indices,
         "preparation": asdict(trained.preparation),
         "stages": stages,
         "precision": str(config.precision),
     }
     return FeatureCache(_out(config)).get(made_of, make).to(compute.torch_device)
+
+
+def _files_digest(data: LabelledDataModule, indices: list[int]) -> str:
+    """Changes when a file is another one, although its name is the same."""
+    digest = hashlib.sha256()
+    if isinstance(data.source, Folder):
+        digest.update(str(data.source.path.resolve()).encode())
+        for index in indices:
+            with contextlib.suppress(OSError):  # one that cannot be read is reported when it is
+                status = (data.source.path / data.source.sample_id(index)).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _told(found: dict[str, Any]) -> list[str]:

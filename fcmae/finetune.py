@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from fcmae.checkpoints.format import describe
 from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.weights import read_weights
-from fcmae.config_check import check_choice, check_run
+from fcmae.config_check import check_choice, check_run, check_same_input
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.errors import UserError
 from fcmae.launch import build, run
@@ -32,6 +32,7 @@ def finetune(config: DictConfig) -> None:
         UserError: something that the user can mend.
     """
     check_run(config)
+    check_same_input(config)
     check_choice(config, "mode", ("full", "linear", "head_then_full"))
     check_choice(config, "class_weights", ("none", "balanced"))
     _check_mode(config)
@@ -45,7 +46,8 @@ def finetune(config: DictConfig) -> None:
                 "data=folder has no labels: use data=imagefolder (a folder per class) or data=table (a CSV file)"
             )
         data.leave_out_broken = True
-        module, lines = _module(config, setting.config, data)
+        going_on = config.resume != "never" and folder.newest_checkpoint() is not None
+        module, lines = _module(config, setting.config, data, going_on)
 
         def say() -> None:
             for line in lines:
@@ -57,7 +59,7 @@ def finetune(config: DictConfig) -> None:
 
 
 def _module(
-    config: DictConfig, plain: dict[str, Any], data: LabelledDataModule
+    config: DictConfig, plain: dict[str, Any], data: LabelledDataModule, going_on: bool
 ) -> tuple[ClassificationModule, list[str]]:
     """The classifier with its weights, and what is to be said of them."""
     counts = data.class_counts()
@@ -69,9 +71,11 @@ def _module(
         task="classification",
         class_names=data.class_names,
         multi_label=data.is_multi_label,
-        crop_pct=plain["augment"]["crop_pct"],
+        crop_pct=plain["augment"].get("crop_pct", 1.0),
     )
-    if config.checkpoint is None:
+    if going_on:  # what it started from may be gone by now
+        lines = []
+    elif config.checkpoint is None:
         lines = ["weights: fresh ones (checkpoint=null)"]
     else:
         weights = read_weights(config.checkpoint)
@@ -102,13 +106,15 @@ def _average(config: DictConfig, net: Any) -> ModelEmaV3 | None:
     decay = config.ema.decay
     if decay is None:
         return None
-    if not 0 <= decay < 1:
-        raise UserError(f"ema.decay={decay} must be a share in [0, 1), such as 0.9999, or null for no average")
-    return ModelEmaV3(net, decay=decay, use_warmup=config.ema.warmup)
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise UserError(f"ema.decay={decay!r} must be a share in [0, 1), such as 0.9999, or null for no average")
+    average = ModelEmaV3(net, decay=decay, use_warmup=config.ema.warmup)
+    average.requires_grad_(False)  # or ranks would wait for its gradients
+    return average
 
 
 def _check_mode(config: DictConfig) -> None:
-    head_epochs = config.optim.head_epochs
+    head_epochs = config.optim.get("head_epochs", 0)
     if config.mode == "head_then_full" and not 0 < head_epochs < config.epochs:
         raise UserError(
             f"optim.head_epochs={head_epochs} must be above 0 and below epochs={config.epochs} with mode=head_then_full"

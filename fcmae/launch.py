@@ -134,7 +134,8 @@ def _unknown_key(error: Exception, verb: str, folder: Path) -> str:
         key = found.group(1)
         chosen = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:]}
         group = key.partition(".")[0]
-        if (folder / group).is_dir() and group not in _groups(folder / f"{verb}.yaml") | chosen:
+        of_verb = group in _keys(folder / f"{verb}.yaml")
+        if of_verb and (folder / group).is_dir() and group not in _groups(folder / f"{verb}.yaml") | chosen:
             return no_choice(group, folder)
         known = _all_keys(verb, folder, without=key)
         if key not in known:

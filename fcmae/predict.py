@@ -7,8 +7,8 @@ from torch import Tensor
 from fcmae.config_check import check_whole
 from fcmae.errors import UserError
 from fcmae.evaluation.tables import open_predictions
-from fcmae.inference.work import Work, open_work
 from fcmae.launch import run
+from fcmae.run_inference import Work, open_work
 
 
 def predict(config: DictConfig) -> None:

@@ -6,6 +6,7 @@ from fcmae.checkpoints.format import describe
 from fcmae.config_check import check_choice, check_run, check_same_input, check_whole
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.launch import build, run
+from fcmae.run_inference import stage_numbers
 from fcmae.run_setting import run_setting
 from fcmae.training.callbacks.online_probe import OnlineProbe
 from fcmae.training.callbacks.reconstructions import Reconstructions
@@ -41,7 +42,11 @@ def pretrain(config: DictConfig) -> None:
             description=describe(setting.config, task="pretraining"),
         )
         pictures = Reconstructions(folder=folder.images, pictures=config.pictures)
-        probes = [] if config.probe.data is None else [OnlineProbe(images=data, **setting.config["probe"])]
+        probes = (
+            []
+            if config.probe.data is None
+            else [OnlineProbe(images=data, **setting.config["probe"] | {"stages": stage_numbers(config.probe.stages)})]
+        )
         return Parts(
             module=module, data=data, callbacks=[pictures, *probes], best_by=[probe.metric for probe in probes]
         )

@@ -157,6 +157,7 @@ def test_the_rate_of_every_step(
 def test_the_rate_of_every_step_of_two_ranks(place: Path) -> None:
     (place / "images/val/dog/01.png").write_text("no image")
     options = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", "trainer.log_every_n_steps=1"]
+    options += ["ema.decay=0.9"]
     typed = [sys.executable, "-m", "fcmae.finetune", *MICRO, "checkpoint=null", *options, "optim.base_lr=0.02"]
     result = subprocess.run(typed, cwd=place, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -170,8 +171,8 @@ def test_the_rate_of_every_step_of_two_ranks(place: Path) -> None:
     metrics = json.loads((place / "evaluated/metrics.json").read_text())
     summary = json.loads((place / RUN / "summary.json").read_text())
     assert metrics["images"] == 7
-    assert summary["val_acc1"] == pytest.approx(metrics["acc1"], abs=1e-6)
-    assert summary["val_loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert summary["val_ema_acc1"] == pytest.approx(metrics["acc1"], abs=1e-6)
+    assert summary["val_ema_loss"] == pytest.approx(metrics["loss"], rel=1e-4)
 
 
 # -- going on --
@@ -271,7 +272,7 @@ def test_the_weights_of_the_checkpoint_are_what_training_starts_with(place: Path
 
 def test_a_pre_training_run_is_what_training_starts_with(place: Path) -> None:
     options = ["data.path=images", "data=folder", "data.image_size=64", "data.num_workers=0", "data.batch_size=8"]
-    options += ["epochs=1", "trainer=cpu", "pictures=0", "model.decoder_dim=16", "run_name=p"]
+    options += ["epochs=1", "optim.warmup_epochs=0", "trainer=cpu", "pictures=0", "model.decoder_dim=16", "run_name=p"]
     result = pretrain(place, *SIZE, *options)
     assert result.code == 0, result.err
     finetune(place, "save.every_n_steps=1", "save.keep=100", checkpoint="outputs/pretrain/p")
@@ -396,3 +397,86 @@ def test_a_broken_image_is_skipped_and_named(place: Path) -> None:
     named = {json.loads(line)["id"] for line in (place / RUN / "skipped.jsonl").read_text().splitlines()}
     assert named == {"train/cat/00.png", "val/dog/00.png"}
     assert re.search(r"val_acc1", (place / RUN / "summary.json").read_text())
+
+
+def test_a_frozen_network_is_in_evaluation_mode(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no drop path, in the first step and after a validation."""
+    modes: list[bool] = []
+    loss = ClassificationModule.loss
+
+    def watched(self: ClassificationModule, batch: Any) -> Tensor:
+        modes.append(any(module.training for module in self.net.modules()))
+        return loss(self, batch)
+
+    monkeypatch.setattr(ClassificationModule, "loss", watched)
+    finetune(place, "mode=linear", "model.drop_path_rate=0.5", "ema.decay=0.9")
+    assert modes == [False] * 15
+    modes.clear()
+    finetune(place, "run_name=y", "run_dir=outputs/finetune/x", "resume=never", "model.drop_path_rate=0.5")
+    assert modes == [True] * 15
+
+
+def test_another_checkpoint_is_another_run(place: Path) -> None:
+    for name in ("a.pth", "b.pth"):
+        saved_network(place / name)
+    finetune(place, checkpoint="a.pth")
+    message = command("finetune", place, *MICRO, "checkpoint=b.pth").only_error
+    assert message.startswith(f"{RUN} holds a run with another configuration (checkpoint: a.pth -> b.pth)")
+
+
+def test_going_on_does_not_need_what_it_started_from(place: Path) -> None:
+    file = saved_network(place / "net.pth")
+    finetune(place, "save.every_n_steps=1", "save.keep=100", checkpoint="net.pth")
+    reference = state(place / RUN)
+    (place / RUN / "summary.json").unlink()
+    (place / RUN / "checkpoints/last.ckpt").unlink()
+    for saved in sorted((place / RUN / "checkpoints").glob("epoch=*.ckpt"))[3:]:
+        saved.unlink()
+    file.unlink()
+    finetune(place, "save.every_n_steps=1", "save.keep=100", checkpoint="net.pth")
+    assert all(torch.equal(value, reference[name]) for name, value in state(place / RUN).items())
+
+
+def test_the_last_weights_are_validated(place: Path) -> None:
+    every, second = (
+        finetune(place, f"trainer.check_val_every_n_epoch={n}", "resume=never", "optim.base_lr=0.1") for n in (1, 2)
+    )
+    assert second == every
+
+
+def test_the_best_checkpoint_is_used_with_the_weights_it_was_chosen_by(place: Path) -> None:
+    options = ["epochs=6", "optim.base_lr=0.3", "model.head_init_scale=1", "augment.randaugment=null"]
+    finetune(place, *options, "ema.decay=0.9999")
+    assert (
+        "the moving average keeps 100 % of the weights that training starts with"
+        in (place / RUN / "train.log").read_text()
+    )
+    best = torch.load(place / RUN / "checkpoints/best.ckpt", weights_only=True)["fcmae"]["best"]
+    assert best["metric"] == "val_acc1"
+    arguments = [f"checkpoint={RUN}/checkpoints/best.ckpt", "data.path=images", "num_workers=0", "device=cpu"]
+    result = command("evaluate", place, *arguments, "out=evaluated")
+    assert result.code == 0, result.err
+    assert json.loads((place / "evaluated/metrics.json").read_text())["acc1"] == best["value"]
+    assert json.loads((place / "evaluated/about.json").read_text())["weights"].startswith("weights (")
+    # The export is the average, and says so.
+    for ema, code in (("true", 0), ("null", 0), ("false", 2)):
+        arguments[0] = f"checkpoint={RUN}/exported"
+        assert command("evaluate", place, *arguments, f"ema={ema}", "out=evaluated").code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["optim.warmup_epochs=4"], "optim.warmup_epochs=4 is longer than the run, epochs=3: make it shorter, .*"),
+        (
+            ["mode=head_then_full", "optim.head_epochs=2", "optim.warmup_epochs=2"],
+            "optim.warmup_epochs=2 after optim.head_epochs=2 is longer than the run, epochs=3: .*",
+        ),
+        (["model.in_chans=1"], "model.in_chans=1 differs from data.in_chans=3: set data.in_chans, .*"),
+        (["ema.decay=abc"], r"ema.decay='abc' must be a share in \[0, 1\), .*"),
+        (["masking.mask_ratio=0.5"], "masking.mask_ratio is not an option"),
+    ],
+)
+def test_more_bad_input(place: Path, options: list[str], message: str) -> None:
+    found = refused(place, *options)
+    assert re.fullmatch(message, found), found

@@ -22,6 +22,7 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
 from fcmae.inference.trained import Trained, load_trained
+from fcmae.models.convnext import create_convnext
 
 MODEL = ["+model=custom", "model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]"]
 TRAINED = Path("outputs/finetune/x")
@@ -44,7 +45,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = command("finetune", folder, *MODEL, *shared, *options, "data.batch_size=20")
     assert result.code == 0, result.err
     result = pretrain(
-        folder, *MODEL, "model.decoder_dim=16", "data=folder", *shared, "epochs=1", "data.batch_size=32", "pictures=0"
+        folder,
+        *MODEL,
+        "model.decoder_dim=16",
+        "data=folder",
+        *shared,
+        "epochs=1",
+        "optim.warmup_epochs=0",
+        "data.batch_size=32",
+        "pictures=0",
     )
     assert result.code == 0, result.err
     return folder
@@ -265,3 +274,79 @@ def test_too_many_broken_images_leave_no_table(place: Path, tmp_path: Path) -> N
     message = command("predict", place, f"checkpoint={TRAINED}", *options).error
     assert message.startswith("2 of 4 images cannot be read (max_broken=0.01), the last one 1.jpg")
     assert not list(tmp_path.glob("*p.csv*"))
+
+
+def test_other_files_of_the_same_names_have_other_features(place: Path, tmp_path: Path) -> None:
+    options = [f"checkpoint={TRAINED}", f"data.path={tmp_path}/images", "num_workers=0", "device=cpu", "probe=knn"]
+    options += ["knn.k=5", f"out={tmp_path}/out"]
+    shutil.copytree(place / "images", tmp_path / "images")
+    assert command("evaluate", place, *options).code == 0
+    first = json.loads((tmp_path / "out/metrics.json").read_text())
+    for file in (tmp_path / "images").rglob("*.png"):
+        Image.effect_noise((40, 40), 80).save(file)
+    assert command("evaluate", place, *options).code == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["acc1"] < first["acc1"] - 0.2
+
+
+def test_skipped_images_are_remembered_with_the_features(place: Path, tmp_path: Path) -> None:
+    options = [f"checkpoint={TRAINED}", f"data.path={tmp_path}/images", "num_workers=0", "device=cpu", "probe=knn"]
+    shutil.copytree(place / "images", tmp_path / "images")
+    broken = sorted((tmp_path / "images/val").rglob("*.png"))[0]
+    broken.write_text("no image")
+    for _ in range(2):
+        result = command("evaluate", place, *options, f"out={tmp_path}/out")
+        assert result.code == 0, result.err
+        about = json.loads((tmp_path / "out/about.json").read_text())
+        assert about["skipped"] == [str(broken.relative_to(tmp_path / "images"))]
+
+
+def test_a_set_to_test_with_needs_no_images_to_learn_from(place: Path, tmp_path: Path) -> None:
+    """One picture of each of two of the ten classes, and all of them are asked for."""
+    for name in ("digit 3", "digit 7"):
+        file = next((place / f"images/val/{name}").iterdir())
+        (tmp_path / name).mkdir()
+        shutil.copy(file, tmp_path / name)
+    assert evaluate(place, f"data.path={tmp_path}", "split=all")["images"] == 2
+
+
+def test_folders_named_by_numbers_are_classes_of_those_numbers(place: Path, tmp_path: Path) -> None:
+    """A file that does not name its classes: folder 10 is class 10, although it is sorted behind folder 1."""
+    torch.manual_seed(0)
+    net = create_convnext("custom", depths=[1, 1, 1, 1], dims=[8, 16, 32, 64], in_chans=3, num_classes=12)
+    with torch.no_grad():
+        net.head.fc.weight.zero_()
+        net.head.fc.bias.copy_(torch.arange(12) == 10)  # says 10, whatever it sees
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    for number in range(12):
+        (tmp_path / f"val/{number}").mkdir(parents=True)
+        for index in range(3 if number == 10 else 1):
+            Image.effect_noise((40, 40), 80).save(tmp_path / f"val/{number}/{index}.png")
+    shutil.copytree(tmp_path / "val", tmp_path / "train")
+    metrics = evaluate(place, f"data.path={tmp_path}", checkpoint=tmp_path / "net.pth")
+    assert metrics["acc1"] == pytest.approx(3 / 14)
+
+
+def test_one_unreadable_file_is_no_table(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    options = [f"checkpoint={TRAINED}", f"images={tmp_path}/x.png", f"out={tmp_path}/p.csv", "device=cpu"]
+    assert command("predict", place, *options).error.startswith("none of 1 images can be read, the last one x.png (")
+    assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "message"),
+    [
+        ("predict", "batch_size=abc", "batch_size='abc' must be a whole number"),
+        ("predict", "checkpoint=null", "checkpoint=None must be text: a run's folder, a checkpoint, an export"),
+        ("predict", "ema=maybe", "ema='maybe' is unknown: use None or True or False"),
+        ("predict", "data.path=images", "data.path is not an option"),
+        ("evaluate", "knn.k=x", "knn.k='x' must be .*"),
+        ("evaluate", "linear.max_iterations=1.5", "linear.max_iterations=1.5 must be a whole number"),
+    ],
+)
+def test_wrong_kinds(place: Path, verb: str, option: str, message: str) -> None:
+    given = {"checkpoint": str(TRAINED), "out": "x.csv", "device": "cpu"}
+    given |= {"data.path": "images"} if verb == "evaluate" else {"images": "images"}
+    key, _, value = option.partition("=")
+    error = command(verb, place, *(f"{k}={v}" for k, v in (given | {key: value}).items())).only_error
+    assert re.fullmatch(message, error), error

@@ -409,7 +409,7 @@ def order(data: ListedData, epoch: int, **options: Any) -> list[int]:
     """Positions among the training images, as the sampler draws them."""
     sampler = EpochSampler(size=len(data.split()[0]), weights=data.weights(), **{"batch_size": 4, **options})
     sampler.set_epoch(epoch)
-    return [position for _, position in sampler]
+    return [position for _, position, *_ in sampler]
 
 
 def test_balanced_sampling_gives_every_class_the_same_chance_and_every_image_of_it():
@@ -454,6 +454,19 @@ def test_balanced_sampling_goes_on_at_its_place(steps_done):
     data = listed(labels, held_out, sampling="balanced")
     epoch, step = divmod(steps_done, 12)
     assert order(data, epoch, steps_done=steps_done) == order(data, epoch)[4 * step :]
+
+
+def test_an_image_that_is_drawn_again_is_cropped_anew():
+    """Two images of a class against 14 of the other: each of the two comes about four times in 16."""
+    data = listed([0] * 14 + [1] * 2, [], sampling="balanced")
+    dataset = data.dataset(data.split()[0], train=True)
+    dataset.transform = lambda image: torch.rand(1, 2, 2)
+    sampler = EpochSampler(size=16, batch_size=4, weights=data.weights())
+    keys = list(sampler)
+    assert len({key[1] for key in keys}) < 14
+    drawn = [tuple(dataset[key].image.flatten().tolist()) for key in keys]
+    assert len(set(drawn)) == 16
+    assert [tuple(dataset[key].image.flatten().tolist()) for key in keys] == drawn
 
 
 def test_the_sampling_reaches_the_loader():

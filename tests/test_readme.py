@@ -31,9 +31,10 @@ SHORTER = {
         "data.val_images=4",
         "data.num_workers=0",
         "trainer.limit_train_batches=1",
+        "optim.warmup_epochs=0",
     ],
     "fcmae.bench": ["model.image_size=64", "batch_size=1", "repeats=1", "warmup=0", "precision=32"],
-    "fcmae.finetune": ["epochs=1", "data.batch_size=4", "data.num_workers=0", "trainer.limit_train_batches=1"],
+    "fcmae.finetune": ["epochs=1", "data.batch_size=4", "data.num_workers=0", "optim.warmup_epochs=0"],
     "fcmae.evaluate": ["num_workers=0", "device=cpu"],
     "fcmae.predict": ["num_workers=0", "device=cpu"],
     "fcmae.embed": ["num_workers=0", "device=cpu"],
@@ -93,8 +94,8 @@ def test_the_commands_after_pre_training(photos: Path, tmp_path: Path, monkeypat
         run(command, tmp_path / "labelled")
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 24
     assert np.load(tmp_path / "features.npy").shape == (24, 768)
-    assert (tmp_path / "outputs/evaluate/tiny-imagefolder/confusion.png").is_file()
-    assert (tmp_path / "outputs/evaluate/tiny-folder/metrics.json").is_file()
+    assert (tmp_path / "outputs/evaluate/finetune-tiny-imagefolder/confusion.png").is_file()
+    assert (tmp_path / "outputs/evaluate/pretrain-tiny-folder-knn/metrics.json").is_file()
 
 
 def test_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,7 +403,7 @@ def test_a_published_size_in_either_naming(randomise, tmp_path):
 
 def weights_of(net: ConvNeXt, **changes: Any) -> Weights:
     state = {name: value for name, value in (net.state_dict() | changes).items() if value is not None}
-    return Weights(state, Path("weights.pth"), "timm", None)
+    return Weights(state, Path("weights.pth"), "timm", False, None)
 
 
 HEADS: dict[str, tuple[int, int, bool, str]] = {

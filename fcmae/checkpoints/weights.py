@@ -31,12 +31,14 @@ class Weights:
         weights: in timm's names: stem, stages, and of `head.norm` and `head.fc` what is there.
         file: where they are from.
         kind: whose file it is, in words.
+        average: whether they are a moving average.
         description: what our own files say of themselves, see `fcmae.checkpoints.format.describe`; None for others.
     """
 
     weights: dict[str, Tensor]
     file: Path
     kind: str
+    average: bool
     description: dict[str, Any] | None
 
 
@@ -46,8 +48,8 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     Args:
         path: a run's folder (its newest loadable checkpoint is taken), one of our `.ckpt` files, our export (the file
             or its folder), or a state dict in timm's or the authors' dense names (.safetensors, .pth, .pt, .bin).
-        ema: the moving average of the weights (True), the weights themselves (False), or the average where there is
-            one (None).
+        ema: the moving average of the weights (True), the weights themselves (False), or, with None, those by which
+            a `best.ckpt` was chosen, else the average where there is one.
 
     Raises:
         UserError: nothing there, truncated, more than plain data, no ConvNeXt V2, or no such thing as `ema` asks for.
@@ -57,6 +59,9 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_plain_data(file)
     description = _description(content, file)
     plain, average = _plain_and_average(content, description)
+    best = (description or {}).get("best", {}).get("metric")
+    if ema is None and best is not None:
+        ema = best.startswith("val_ema_")
     if ema and not average:
         raise UserError(f"{file} holds no moving average of the weights: read the weights themselves, ema=False")
     if ema is False and average and not plain:
@@ -69,7 +74,7 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         kind = f"fcmae {'fine-tuning' if _is_classifier(description) else 'pre-training'} run"
     elif description is not None:
         kind = "fcmae checkpoint"
-    return Weights(weights, file, kind, description)
+    return Weights(weights, file, kind, bool(average) and ema is not False, description)
 
 
 def _find(path: Path) -> Path:
@@ -134,6 +139,8 @@ def _plain_and_average(content: Any, description: Mapping[str, Any] | None) -> t
     """Where in a file the weights are, and where their moving average; empty where there is none."""
     if not isinstance(content, dict):
         return {}, {}
+    if description is not None and description.get("weights") == "moving average" and "fcmae" not in content:
+        return {}, content
     if description is not None and "fcmae" in content:
         state = content.get("state_dict")
         if _is_classifier(description):

@@ -163,7 +163,7 @@ class ImageDataModule(L.LightningDataModule):
         return batch._replace(images=self.normalize(batch.images))
 
     def _loader(
-        self, dataset: ImageDataset, order: EpochSampler | list[tuple[int, int]], most_workers: int = 1000
+        self, dataset: ImageDataset, order: EpochSampler | Sequence[tuple[int, ...]], most_workers: int = 1000
     ) -> DataLoader[Batch]:
         return open_loader(
             dataset,

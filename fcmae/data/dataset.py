@@ -15,9 +15,9 @@ from fcmae.errors import UserError
 class ImageDataset(Dataset[Sample]):
     """Some images of a source, transformed.
 
-    The transform's random numbers are seeded from (seed, epoch, index), so neither the worker that happens to read a
-    sample nor a restart changes it. A broken image is reported in the sample, and replaced by the next readable one or
-    by an empty image that is to be left out.
+    The transform's random numbers are seeded from (seed, epoch, index, draw), so neither the worker that happens to
+    read a sample nor a restart changes it. A broken image is reported in the sample, and replaced by the next readable
+    one or by an empty image that is to be left out.
 
     Args:
         source: where the images come from.
@@ -51,13 +51,13 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """key = (epoch, position in `indices`).
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        """key = (epoch, position in `indices`), and a third number where a position may come more than once an epoch.
 
         Raises:
             UserError: a hundred images in a row cannot be read.
         """
-        epoch, position = key
+        epoch, position, *draw = key
         broken: list[tuple[str, str]] = []
         for candidate in range(position, position + min(len(self), self.max_broken_in_a_row)):
             index = self.indices[candidate % len(self)]
@@ -71,7 +71,7 @@ class ImageDataset(Dataset[Sample]):
                     return Sample(self.stand_in, sample_id, broken, None if label is None else label.fill_(LEFT_OUT))
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix_seed("transform", self.seed, epoch, index))
+                torch.manual_seed(mix_seed("transform", self.seed, epoch, index, *draw))
                 return Sample(self.transform(image), sample_id, broken, self._label(index))
         raise UserError(
             f"{len(broken)} images in a row cannot be read, the last one {broken[-1][0]} ({broken[-1][1]}): "

@@ -14,7 +14,7 @@ from fcmae.data.source import Batch, collate
 
 def open_loader(
     dataset: ImageDataset,
-    order: Sampler[tuple[int, int]] | Sequence[tuple[int, int]],
+    order: Sampler[tuple[int, ...]] | Sequence[tuple[int, ...]],
     *,
     batch_size: int,
     num_workers: int | str,

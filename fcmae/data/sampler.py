@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from fcmae.data.randomness import mix_seed
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields (epoch, index) keys: a new random order every epoch, cut into equal shares for the ranks.
 
     The order is that of *global batches* of `batch_size * world_size * accumulate` samples; what does not fill the
@@ -25,7 +25,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: of the order.
         steps_done: optimiser steps that a resumed run has behind it; the first pass starts there.
         max_steps_per_epoch: leave an epoch after so many steps.
-        weights: (size,), how often each sample is drawn relative to the others: then an epoch draws with replacement.
+        weights: (size,), how often each sample is drawn relative to the others: then an epoch draws with replacement,
+            and a key has a third number, the place in the order.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Called by Lightning at the start of each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         generator = torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
         if self.weights is None:
             order = torch.randperm(self.size, generator=generator)
@@ -71,7 +72,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
             drawn = torch.rand(self.size, dtype=torch.float64, generator=generator) * upto[-1]
             order = torch.searchsorted(upto, drawn, right=True).clamp(max=self.size - 1)
         order = order[: self.steps_per_epoch * self.accumulate * self.world_size * self.batch_size]
-        mine = order.view(-1, self.world_size, self.batch_size)[:, self.rank]  # (micro-batches, batch_size)
+        places = torch.arange(len(order)).view(-1, self.world_size, self.batch_size)[:, self.rank]
         start = self.first_step * self.accumulate if self.epoch == self.first_epoch else 0
-        for index in mine[start:].flatten().tolist():
-            yield self.epoch, index
+        for place in places[start:].flatten().tolist():  # of (micro-batches, batch_size)
+            index = int(order[place])
+            yield (self.epoch, index) if self.weights is None else (self.epoch, index, place)

@@ -62,10 +62,10 @@ def labelled_features(
     features: Callable[[Tensor], Tensor],
     compute: Compute,
     *,
-    broken: list[tuple[str, str]],
     advance: Advance = lambda images: None,
 ) -> "Features":
     """Of some of a labelled source's images, see `outputs`; on the device."""
+    broken: list[tuple[str, str]] = []
     parts = list(
         outputs(
             data.source, indices, preparation, features, compute,
@@ -75,7 +75,7 @@ def labelled_features(
     if not parts:
         raise UserError(f"none of {len(indices)} images can be read: check the files")
     labels = [part.labels for part in parts if part.labels is not None]
-    return Features(torch.cat([part.values for part in parts]), torch.cat(labels))
+    return Features(torch.cat([part.values for part in parts]), torch.cat(labels), broken)
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,16 @@ class Features:
     Attributes:
         values: (N, D) float32.
         labels: (N,) int64 or (N, classes) float32.
+        broken: (sample id, reason) of images that could not be read.
     """
 
     values: Tensor
     labels: Tensor
+    broken: list[tuple[str, str]]
 
     def to(self, device: torch.device) -> "Features":
         """The same on another device."""
-        return Features(self.values.to(device), self.labels.to(device))
+        return Features(self.values.to(device), self.labels.to(device), self.broken)
 
 
 class FeatureCache:
@@ -119,12 +121,14 @@ class FeatureCache:
         file = self.folder / f"features-{name}.safetensors"
         try:
             with safe_open(file, framework="pt") as stored:
-                return Features(stored.get_tensor("values"), stored.get_tensor("labels"))
+                broken = [(name, reason) for name, reason in json.loads(stored.metadata()["broken"])]
+                return Features(stored.get_tensor("values"), stored.get_tensor("labels"), broken)
         except (OSError, SafetensorError):  # not there, or truncated
             features = make()
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_writer(file) as opened:
-            opened.write(save({"values": features.values.contiguous(), "labels": features.labels.contiguous()}))
+            tensors = {"values": features.values.contiguous(), "labels": features.labels.contiguous()}
+            opened.write(save(tensors, metadata={"broken": json.dumps(features.broken)}))
         return features
 
 

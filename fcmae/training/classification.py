@@ -1,7 +1,8 @@
 """The Lightning module of fine-tuning and linear probing."""
 
+import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from timm.models.convnext import ConvNeXt
 from timm.utils import ModelEmaV3
@@ -15,7 +16,7 @@ from fcmae.training.classification_loss import ClassificationLoss
 from fcmae.training.module import TrainingModule
 from fcmae.training.optimization import AdamW
 
-Mode = Literal["full", "linear", "head_then_full"]
+log = logging.getLogger(__name__)
 
 
 class ClassificationModule(TrainingModule):
@@ -60,6 +61,7 @@ class ClassificationModule(TrainingModule):
         self.metrics = nn.ModuleDict(
             {name: ClassificationMetrics(self.num_classes, multi_label=loss.multi_label) for name in names}
         )
+        self.train()  # Lightning starts with the modes that it finds
 
     @property
     def trained(self) -> nn.Module:
@@ -86,6 +88,18 @@ class ClassificationModule(TrainingModule):
         if self.ema is not None:
             self.ema.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Warns of a moving average that has no time to move."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        if self.ema is not None and not self.ema.use_warmup and self.ema.decay**steps > 0.1:
+            log.warning(
+                "the moving average keeps %.0f %% of the weights that training starts with: ema.decay=%g is slow for "
+                "%d steps; lower it, or add ema.warmup=true",
+                100 * self.ema.decay**steps,
+                self.ema.decay,
+                steps,
+            )
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of an augmented batch."""

@@ -1,13 +1,9 @@
 """The loss of fine-tuning: cross-entropy, or binary cross-entropy where an image may have several labels."""
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.errors import UserError
-
-ClassWeights = Literal["none", "balanced"]
 
 
 class ClassificationLoss(nn.Module):
@@ -43,7 +39,10 @@ class ClassificationLoss(nn.Module):
         """
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.class_weights)
-        return F.cross_entropy(logits.float(), labels, weight=self.class_weights, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(
+            logits.float(), labels, weight=self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
+        )
+        return losses.mean()  # torch's own mean divides by the weights of the batch, which cancels them in small ones
 
 
 def balanced_weights(counts: Tensor, images: int, *, multi_label: bool) -> Tensor:

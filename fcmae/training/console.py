@@ -18,6 +18,7 @@ _NOT_FOR_USERS = (
     r".*Checkpoint directory .* exists.*",
     r".*lr_scheduler.step\(\).*optimizer.step\(\).*",
     r".*TF32.*",
+    r".*It is recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has done that
     r".*module\(s\) in eval mode at the start of training.*",  # a moving average is, and a frozen network
     r"Grad strides do not match bucket view strides.*",
 )

@@ -24,6 +24,7 @@ class TrainingModule(L.LightningModule):
     Attributes:
         effective_batch: images per optimiser step, over accumulation, devices and nodes; to be set before the fit.
         standing: what a checkpoint that is the best so far says of itself; empty in others.
+        validated_at: optimiser steps done at the latest validation.
     """
 
     instead_of_demonstration = ""
@@ -36,6 +37,7 @@ class TrainingModule(L.LightningModule):
         self.description = description
         self.effective_batch = 0
         self.standing: dict[str, Any] = {}
+        self.validated_at = -1
         self._step_losses: list[Tensor] = []
 
     @property
@@ -93,6 +95,9 @@ class TrainingModule(L.LightningModule):
         self.log("train_loss", torch.stack(losses).mean(), sync_dist=True)
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
         self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_validation_end(self) -> None:
+        self.validated_at = self.global_step
 
     def configure_optimizers(self) -> Any:
         """AdamW with the rate of each group of parameters set before every step."""

@@ -25,13 +25,15 @@ FREE_TO_CHANGE = (
     "run_dir",
     "logger",
     "pictures",
-    "checkpoint",
+    "save",
+    "probe",
     "data.num_workers",
     "data.max_broken",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
     "trainer.limit_val_batches",
     "trainer.profiler",
+    "trainer.max_time",
 )
 
 

@@ -171,6 +171,6 @@ def _fit(setting: Setting, folder: RunFolder, parts: Parts, trainer: L.Trainer, 
     if trainer.global_step < int(trainer.estimated_stepping_batches):  # by an option such as trainer.max_time
         report.stopped(trainer.global_step)
         return
-    if "val_loss" not in trainer.callback_metrics:  # stopped earlier, between the last step and its validation
+    if parts.module.validated_at != trainer.global_step:  # stopped between the last step and its validation
         trainer.validate(parts.module, datamodule=parts.data, verbose=False)
     report.end(folder, trainer, setting.next_command)

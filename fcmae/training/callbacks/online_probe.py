@@ -83,9 +83,7 @@ class OnlineProbe(L.Callback):
         return accuracy(knn.predict(judged.values)[k], judged.labels)
 
     def _features(self, net: ConvNeXt, indices: list[int], compute: Compute) -> Features:
-        return labelled_features(
-            self.data, indices, self.preparation, feature_function(net, self.stages), compute, broken=[]
-        )
+        return labelled_features(self.data, indices, self.preparation, feature_function(net, self.stages), compute)
 
 
 def _labelled(data: str, images: ImageDataModule) -> LabelledDataModule:

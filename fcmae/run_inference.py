@@ -1,4 +1,4 @@
-"""A trained network and a pile of images, as predict and embed have them: progress, skipped images, the end."""
+"""What the verbs that use a trained network share: options, progress, skipped images, the end."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fcmae.config_check import check_choice, check_kinds
 from fcmae.data.folder import Folder
 from fcmae.errors import UserError
 from fcmae.files import write_text
 from fcmae.inference.batches import Compute, Output, outputs
+from fcmae.inference.features import check_stages
 from fcmae.inference.trained import Trained, load_trained
 
 
@@ -49,16 +51,19 @@ class Work:
                 broken=self.broken,
                 advance=lambda images: bar.advance(task, images),
             )
+        if len(self.broken) == len(self.images):
+            name, reason = self.broken[-1]
+            raise UserError(f"none of {len(self.images)} images can be read, the last one {name} ({reason})")
 
     def say_done(self) -> None:
         """Says what was written, and lists the skipped images beside it."""
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"{len(self.images) - len(self.broken)} images: {self.out}", markup=False)
+        console.print(f"images: {len(self.images) - len(self.broken)}, in {self.out}", markup=False)
         listed = self.out.with_name(f"{self.out.name}.skipped.jsonl")
         if self.broken:
             lines = (json.dumps({"id": name, "reason": reason}) for name, reason in self.broken)
             write_text(listed, "".join(f"{line}\n" for line in lines))
-            console.print(f"{len(self.broken)} images could not be read: {listed}", markup=False)
+            console.print(f"images that could not be read: {len(self.broken)}, in {listed}", markup=False)
         else:
             listed.unlink(missing_ok=True)  # of an earlier time
 
@@ -83,6 +88,10 @@ def open_work(config: Any) -> Work:
 def compute_options(config: Any) -> Compute:
     """Those that every configuration for a trained network has."""
     names = ("batch_size", "num_workers", "device", "precision", "max_broken")
+    check_kinds(config, Compute, names)
+    if not isinstance(config.checkpoint, str):
+        raise UserError(f"checkpoint={config.checkpoint} must be text: a run's folder, a checkpoint, an export")
+    check_choice(config, "ema", (None, True, False))
     return Compute(**{name: config[name] for name in names})
 
 
@@ -98,6 +107,17 @@ def image_sides(image_size: Any) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 32 for side in sides):
         raise UserError(f"image_size={image_size} must be one side or two, [height, width], from 32 pixels")
     return sides[0], sides[1]
+
+
+def stage_numbers(stages: Any) -> list[int] | None:
+    """One stage or several, of an option.
+
+    Raises:
+        UserError: no stage of a ConvNeXt.
+    """
+    numbers = [stages] if isinstance(stages, int) else None if stages is None else list(stages)
+    check_stages(numbers)
+    return numbers
 
 
 def progress_bar() -> Progress:
