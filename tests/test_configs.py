@@ -43,7 +43,7 @@ def compose(*overrides: str, verb: str = "pretrain") -> DictConfig:
 def _composed(verb: str, *overrides: str) -> DictConfig:
     model = (
         []
-        if any(override.startswith(("+model=", "experiment=finetune")) for override in overrides)
+        if any(override.startswith(("+model=", "experiment=finetune_in")) for override in overrides)
         else ["+model=atto"]
     )
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):

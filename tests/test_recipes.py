@@ -84,3 +84,14 @@ def test_a_model_that_is_named_too_is_taken() -> None:
 def test_the_recipe_names_its_run() -> None:
     names = {compose(f"experiment={name}").run_name for name in RECIPES}
     assert len(names) == len(RECIPES)
+
+
+@pytest.mark.parametrize("option", ["experiment=finetune_in1k_atto", "experiment=finetune_small_data"])
+@pytest.mark.parametrize("choice", ["mix", "none", "erase"])
+def test_a_group_that_is_typed_is_taken(option: str, choice: str) -> None:
+    overrides = [option, f"batch_augment={choice}", "+model=atto", "run_name=x"]
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra.compose("finetune", overrides=["checkpoint=null", "data.path=images", *overrides])
+    wanted = {"mix": (0.25, 0.8, 1.0), "none": (0, 0, 0), "erase": (0.25, 0, 0)}[choice]
+    mixing = config.batch_augment
+    assert (mixing.random_erasing, mixing.mixup, mixing.cutmix) == wanted
