@@ -29,11 +29,19 @@ def main(folder: Path) -> None:
         print(f"| {name} | {shots} | {len(scores)} | {cells} | {interval(list(scores.values()))} |")
     print("\n| compared | images per class | difference in points, seed by seed |\n|---|---|---|")
     for (name, shots), (_, scores) in sorted(best.items(), key=lambda item: (item[0][1], item[0][0])):
-        if name == "fcmae" or ("fcmae", shots) not in best:
+        standard = _standard(name)
+        if name == standard or (standard, shots) not in best:
             continue
-        reference = best["fcmae", shots][1]
+        reference = best[standard, shots][1]
         differences = [reference[seed] - scores[seed] for seed in sorted(scores.keys() & reference.keys())]
-        print(f"| fcmae - {name} | {shots} | {interval(differences, sign='+')} |")
+        print(f"| {standard} - {name} | {shots} | {interval(differences, sign='+')} |")
+
+
+def _standard(name: str) -> str:
+    """What a variant is compared with: the one that is trained alike but for one thing."""
+    if name.startswith("crops-"):
+        return "crops-fcmae"
+    return "recipe" if name.startswith("recipe") else "fcmae"
 
 
 def interval(values: list[float], sign: str = "") -> str:
