@@ -174,7 +174,12 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
     kinds = [kind for kind in choices if kind in _SCALARS]
     if literals and not kinds:
         if value not in literals:
-            raise UserError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, literals))}")
+            known = " or ".join(map(repr, literals))
+            raise UserError(
+                f"{name}={value!r} must be a list, such as [1, 2], or {known}"
+                if lists
+                else f"{name}={value!r} is unknown: use {known}"
+            )
         return
     if value is None and type(None) in choices:
         return

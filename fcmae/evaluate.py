@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
     )
     if not isinstance(data, LabelledDataModule):
         raise UserError(
-            "data=folder has no labels: use data=imagefolder (a folder per class) or data=table (a CSV file)"
+            "data=folder has no labels: use data=imagefolder (a folder per class), data=table (a CSV file), "
+            "data=webdataset or data=hf"
         )
     return data
 
@@ -123,7 +125,7 @@ def _classify(
         raise UserError(f"{trained.source.file} holds no classifier: add probe=knn or probe=linear, or fine-tune it")
     held_out = data.labelled.held_out
     if config.split == "all":
-        indices = list(range(len(data.source)))
+        indices: Sequence[int] = range(len(data.source))
     elif config.split == "val" and held_out is not None:
         indices = held_out  # whatever there is to learn from
     else:
@@ -152,10 +154,10 @@ def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
             "evaluate it on images that are labelled as those of its training"
         )
     if names == theirs:
-        return data.labelled.labels
+        return data.labels
     if trained.source.description is None and len(names) == len(theirs) and set(names) != set(theirs):
         log.warning("%s does not name its classes: they are taken in the order of the data's", trained.source.file)
-        return data.labelled.labels
+        return data.labels
     unknown = [name for name in theirs if name not in names]
     if unknown:
         raise UserError(
@@ -164,9 +166,9 @@ def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
         )
     places = torch.tensor([names.index(name) for name in theirs])
     if not data.is_multi_label:
-        return places[data.labelled.labels]
-    labels = torch.zeros(len(data.labelled.labels), len(names), dtype=torch.bool)
-    labels[:, places] = data.labelled.labels
+        return places[data.labels]
+    labels = torch.zeros(len(data.labels), len(names), dtype=torch.bool)
+    labels[:, places] = data.labels
     return labels
 
 
@@ -234,7 +236,7 @@ def _features(
     return FeatureCache(_out(config)).get(made_of, make).to(compute.torch_device)
 
 
-def _files_digest(data: LabelledDataModule, indices: list[int]) -> str:
+def _files_digest(data: LabelledDataModule, indices: Sequence[int]) -> str:
     """Changes when a file is another one, although its name is the same."""
     digest = hashlib.sha256()
     if isinstance(data.source, Folder):

@@ -45,6 +45,25 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be made again; others could put their own files in its place if they may write.
+
+    Raises:
+        OSError: there is none that is the user's alone.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = (root if root.is_absolute() else Path.home() / ".cache") / "fcmae"
+    except RuntimeError as error:  # nobody knows where home is
+        raise OSError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "geteuid"):
+        status = folder.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise OSError(f"{folder} is not yours alone to write")
+    return folder
+
+
 def _sync_folder(folder: Path) -> None:
     # Makes the rename itself durable; not every file system allows it.
     with contextlib.suppress(OSError):

@@ -43,7 +43,8 @@ def finetune(config: DictConfig) -> None:
         data = build(config.data)
         if not isinstance(data, LabelledDataModule):
             raise UserError(
-                "data=folder has no labels: use data=imagefolder (a folder per class) or data=table (a CSV file)"
+                "data=folder has no labels: use data=imagefolder (a folder per class), data=table (a CSV file), "
+                "data=webdataset or data=hf"
             )
         data.leave_out_broken = True
         going_on = config.resume != "never" and folder.newest_checkpoint() is not None

@@ -79,18 +79,20 @@ class Mask:
 class Masking(Protocol):
     """A masking strategy: looks at the images (at least at their shape) and says what is seen.
 
-    `patch_size` is the side of one mask patch in pixels; a strategy is any callable object that has it.
+    `patch_size` is the side of one mask patch in pixels; a strategy is any callable object that has it. What it draws
+    for an image follows from the image's seed, so that neither the rest of its batch nor the device it is on changes
+    it; `uniform` makes random numbers of seeds.
     """
 
     patch_size: int
 
-    def __call__(self, images: Tensor) -> Mask: ...
+    def __call__(self, images: Tensor, seeds: Tensor | None = None) -> Mask:
+        """images (B, C, H, W), seeds (B,) int64 on the same device; without seeds it draws some of its own."""
+        ...
 
 
 class RandomMask:
     """Hides a fixed share of the patches of each image, uniformly at random (paper section 3.1).
-
-    Draws from torch's global generator of the images' device, so the same `torch.manual_seed` gives the same masks.
 
     Args:
         mask_ratio: share of the patches to hide, in [0, 1); `int(L * (1 - mask_ratio))` of L stay visible.
@@ -123,14 +125,46 @@ class RandomMask:
             )
         return count
 
-    def __call__(self, images: Tensor) -> Mask:
-        """images (B, C, H, W) -> Mask over the grid (H / patch_size, W / patch_size)."""
+    def __call__(self, images: Tensor, seeds: Tensor | None = None) -> Mask:
+        """images (B, C, H, W), seeds (B,) int64 -> Mask over the grid (H / patch_size, W / patch_size).
+
+        Without seeds they are drawn from torch's global generator of the images' device.
+        """
         batch = images.shape[0]
         h, w = patch_grid(images.shape[-2], images.shape[-1], self.patch_size)
-        noise = torch.rand(batch, h * w, device=images.device)
-        index = noise.argsort(dim=1)[:, : self.visible_count(h * w)].sort(dim=1).values  # (B, V)
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (batch,), device=images.device)
+        order = uniform(seeds, h * w).argsort(dim=1, stable=True)
+        index = order[:, : self.visible_count(h * w)].sort(dim=1).values  # (B, V)
         visible = torch.zeros(batch, h * w, dtype=torch.bool, device=images.device).scatter_(1, index, True)
         return Mask(visible.view(batch, h, w), index)
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """Random numbers in [0, 1) that follow from seeds, the same on every device (Steele et al. 2014, SplitMix64).
+
+    Args:
+        seeds: (B,) int64.
+        count: numbers per seed.
+
+    Returns:
+        (B, count) float32, multiples of 2^-24.
+    """
+    place = torch.arange(1, count + 1, device=seeds.device)
+    z = seeds[:, None] + place * _signed(0x9E3779B97F4A7C15)  # (B, count); int64 wraps around
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(z ^ _shifted(z, 31), 40).to(torch.float32) / 2**24
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of an unsigned number."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(x: int) -> int:
+    """The signed number of the same 64 bits."""
+    return x - 2**64 if x >= 2**63 else x
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:

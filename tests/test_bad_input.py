@@ -206,6 +206,7 @@ def _train_indices(count: int) -> list[int]:
             return range(count)
 
     sizes = {"image_size": 64, "in_chans": 1, "batch_size": 1, "val_images": 32, "num_workers": 0, "max_broken": 0}
+    sizes |= {"timeout": 600, "repeats": 1, "samples_per_epoch": None}
     return Counted(**sizes, mean=[0], std=[1], augment=Crop(crop_scale=[1, 1], flip=False), seed=0).split()[0]
 
 

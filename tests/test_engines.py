@@ -283,8 +283,9 @@ def test_all_engines_learn_the_same():
         model = fcmae.create_model(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), decoder_dim=24, engine=engine).double()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
-        for _ in range(50):
-            loss = model(torch.randn(4, 3, 64, 64, dtype=torch.float64).cumsum(2).cumsum(3) / 16).loss
+        images = torch.randn(4, 3, 64, 64, dtype=torch.float64).cumsum(2).cumsum(3) / 16
+        for _ in range(50):  # with a new mask each time
+            loss = model(images).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

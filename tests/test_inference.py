@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
+from fcmae.data.picture import Decoded
 from fcmae.inference.trained import Trained, load_trained
 from fcmae.models.convnext import create_convnext
 
@@ -170,7 +171,7 @@ def pictures(place: Path) -> Path:
 
 def by_hand(trained: Trained, file: Path) -> Tensor:
     """The logits of one picture, with nothing of the package but its transform."""
-    prepared = trained.preparation.transform()(Image.open(file).convert("RGB")).float() / 255
+    prepared = trained.preparation.transform()(Decoded(Image.open(file).convert("RGB"))).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (trained.preparation.mean, trained.preparation.std))
     with torch.no_grad():
         logits: Tensor = trained.net(((prepared - mean) / std)[None])[0]

@@ -23,6 +23,7 @@ from fcmae.data.digits import DigitsDataModule
 from fcmae.data.folder import FolderDataModule
 from fcmae.data.imagefolder import ImageFolder, ImageFolderDataModule
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.picture import Decoded
 from fcmae.data.sampler import EpochSampler
 from fcmae.data.source import LEFT_OUT, Sample, collate
 from fcmae.data.table import Table, TableDataModule
@@ -41,6 +42,9 @@ OPTIONS: dict[str, Any] = {
     "sampling": "uniform",
     "num_workers": 0,
     "max_broken": 1.0,
+    "timeout": 600,
+    "repeats": 1,
+    "samples_per_epoch": None,
     "seed": 0,
 }
 
@@ -83,21 +87,20 @@ class Listed:
     def sample_id(self, index: int) -> str:
         return str(index)
 
-    def load(self, index: int) -> Image.Image:
-        return Image.new("RGB", (4, 4), (index, index, index))
+    def open(self, index: int) -> Decoded:
+        return Decoded(Image.new("RGB", (4, 4), (index, index, index)))
 
 
 @dataclass(kw_only=True, eq=False)
 class ListedData(LabelledDataModule):
-    labels: Tensor
-    held_out: list[int] | None = None
+    listed: Listed
 
     def load_source(self) -> Listed:
-        return Listed(self.labels, self.held_out)
+        return self.listed
 
 
 def listed(labels: Any, held_out: list[int] | None = None, **options: Any) -> ListedData:
-    return ListedData(labels=torch.as_tensor(labels), held_out=held_out, **{**OPTIONS, **options})
+    return ListedData(listed=Listed(torch.as_tensor(labels), held_out), **{**OPTIONS, **options})
 
 
 # -- a folder per class --
@@ -117,7 +120,7 @@ def test_the_folders_are_the_classes(tmp_path):
     assert source.held_out is None
     brightness = {name: 10 * number for number, name in enumerate(("dog/2.png", "cat/1.png", "cat/deep/er/3.png"), 1)}
     for index in range(1, len(source)):  # the names were sorted out before the images are loaded by them
-        assert source.load(index).getpixel((0, 0)) == brightness[source.sample_id(index)]
+        assert source.open(index).decode().getpixel((0, 0)) == brightness[source.sample_id(index)]
 
 
 def test_train_and_val_are_told_apart(tmp_path):
@@ -203,7 +206,7 @@ def test_a_table_gives_each_image_its_class(start, newline, tmp_path):
     assert source.labels.tolist() == [1, 0, 1]
     assert source.labels.dtype == torch.int64
     assert source.held_out is None
-    assert [source.load(index).getpixel((0, 0)) for index in range(3)] == [30, 10, 20]
+    assert [source.open(index).decode().getpixel((0, 0)) for index in range(3)] == [30, 10, 20]
 
 
 def test_a_table_may_give_an_image_any_number_of_classes(tmp_path):
@@ -219,7 +222,7 @@ def test_a_tables_cells_may_hold_commas_quotation_marks_and_foreign_letters(tmp_
     write(tmp_path, *names)
     source = table(tmp_path, 'image,label\n"a,1.png","big, red"\n"b ""2"".png",say "hi"\ngröße/ö.png,Öl\n')
     assert labels_by_name(source) == {"a,1.png": "big, red", 'b "2".png': 'say "hi"', "größe/ö.png": "Öl"}
-    assert [source.load(index).getpixel((0, 0)) for index in range(3)] == [10, 20, 30]
+    assert [source.open(index).decode().getpixel((0, 0)) for index in range(3)] == [10, 20, 30]
 
 
 def test_a_tables_split_is_kept(tmp_path):
@@ -292,7 +295,7 @@ def test_single_files_that_are_missing_are_left_to_the_reader(tmp_path):
     source = table(tmp_path, "image,label\na.png,x\nmissing.png,y\n")
     assert len(source) == 2
     with pytest.raises(FileNotFoundError):
-        source.load(1)
+        source.open(1).decode()
 
 
 def test_digits_labels_are_scikit_learns():
@@ -464,9 +467,9 @@ def test_an_image_that_is_drawn_again_is_cropped_anew():
     sampler = EpochSampler(size=16, batch_size=4, weights=data.weights())
     keys = list(sampler)
     assert len({key[1] for key in keys}) < 14
-    drawn = [tuple(dataset[key].image.flatten().tolist()) for key in keys]
+    drawn = [tuple(dataset[key][0].image.flatten().tolist()) for key in keys]
     assert len(set(drawn)) == 16
-    assert [tuple(dataset[key].image.flatten().tolist()) for key in keys] == drawn
+    assert [tuple(dataset[key][0].image.flatten().tolist()) for key in keys] == drawn
 
 
 def test_the_sampling_reaches_the_loader():
@@ -503,7 +506,7 @@ def test_every_image_comes_with_its_own_label(kind):
 
 
 def test_samples_without_labels_make_a_batch_without_labels():
-    assert collate([Sample(torch.zeros(1, 2, 2), "a", []), Sample(torch.zeros(1, 2, 2), "b", [])]).labels is None
+    assert collate([[Sample(torch.zeros(1, 2, 2), name, 0, [])] for name in "ab"]).labels is None
 
 
 @pytest.mark.parametrize("kind", ["one", "several"])

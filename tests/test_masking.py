@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fcmae import Mask, RandomMask, UserError
-from fcmae.masking import patch_grid
+from fcmae.masking import patch_grid, uniform
 
 
 def images(batch: int, h: int, w: int, patch_size: int = 32) -> torch.Tensor:
@@ -61,6 +61,48 @@ def test_the_seed_decides_the_masks():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0][0], draws[0][1])  # the images of a batch differ
+
+
+@given(seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6), h=st.integers(1, 5), w=st.integers(2, 5))
+def test_an_images_mask_follows_from_its_seed_alone(seeds, h, w):
+    """Neither the batch nor torch's generator plays a part."""
+    masking = RandomMask(mask_ratio=0.5)
+    together = masking(images(len(seeds), h, w), torch.tensor(seeds))
+    for place, seed in enumerate(seeds):
+        torch.manual_seed(place)
+        alone = masking(images(1, h, w), torch.tensor([seed]))
+        assert torch.equal(alone.visible[0], together.visible[place])
+        assert torch.equal(alone.index[0], together.index[place])
+
+
+def test_random_numbers_are_splitmix64s():
+    """Vigna's splitmix64.c, in Python's integers."""
+
+    def reference(seed: int, count: int) -> list[float]:
+        found = []
+        for place in range(1, count + 1):
+            z = (seed + place * 0x9E3779B97F4A7C15) % 2**64
+            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+            found.append(((z ^ (z >> 31)) >> 40) / 2**24)
+        return found
+
+    assert reference(1234567, 3) == [
+        value / 2**24 for value in (6457827717110365317 >> 40, 3203168211198807973 >> 40, 9817491932198370423 >> 40)
+    ]
+    seeds = [0, 1, 1234567, 2**63 - 1, 2**40 + 7]
+    assert uniform(torch.tensor(seeds), 50).tolist() == [reference(seed, 50) for seed in seeds]
+
+
+def test_neighbouring_seeds_give_unrelated_numbers():
+    numbers = uniform(torch.arange(20_000), 8)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert stats.kstest(numbers.flatten().numpy(), "uniform").pvalue > 1e-3
+    across = torch.corrcoef(numbers.T) - torch.eye(8)  # between cells, over seeds; a deviation is 0.007
+    along = torch.corrcoef(torch.stack([numbers[:-1].flatten(), numbers[1:].flatten()]))[0, 1]
+    assert across.abs().max() < 0.035
+    assert abs(along) < 0.0125
 
 
 def test_patches_are_hidden_uniformly():

@@ -64,6 +64,9 @@ def fit(optim: AdamW, *, epochs: int, micro_batches: int, effective_batch: int |
         sampling="uniform",
         num_workers=0,
         max_broken=0.0,
+        timeout=600,
+        repeats=1,
+        samples_per_epoch=None,
         seed=0,
     )
     module, watch = PretrainModule(model=micro_model(), optim=optim, seed=0, description={}), Watch()

@@ -4,17 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.functional import center_crop, pil_to_tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
+from fcmae.data.picture import Picture, to_tensor
 from fcmae.data.randomness import seeded
-from fcmae.data.transforms import Transform, check_crop_scale, random_crop
+from fcmae.data.transforms import RandomCrop, Transform, check_crop_scale
 from fcmae.errors import UserError
 
 WARP_FROM = 384
@@ -31,7 +32,7 @@ class ClassificationAugment:
         randaugment: timm's description of a policy, such as `rand-m9-mstd0.5-inc1`; None for none.
         color_jitter: strength of the changes of brightness, contrast and saturation; as in timm only without
             RandAugment, and on pictures with three channels.
-        mean: per channel, of pixels in [0, 1]: fills what a rotation or a shift uncovers.
+        mean: per channel, of pixels in [0, 1]: fills what a rotation or a shift uncovers; `auto`: see the data module.
         crop_pct: to evaluate, the side of the centred crop as a share of the resized picture's short side; `auto`:
             0.875 below 384 px; from there on the whole picture, warped.
 
@@ -43,7 +44,7 @@ class ClassificationAugment:
     flip: bool
     randaugment: str | None
     color_jitter: float
-    mean: Sequence[float]
+    mean: Sequence[float] | Literal["auto"]
     crop_pct: float | str
 
     def __post_init__(self) -> None:
@@ -60,13 +61,13 @@ class ClassificationAugment:
 
     def train(self, size: tuple[int, int]) -> Transform:
         """A random part of the picture, changed in colours and geometry."""
-        steps: list[Any] = [random_crop(size, self.crop_scale, self.flip)]
+        crop = RandomCrop(size, self.crop_scale, self.flip)
         policy = self._policy(min(size))
         if policy is not None:
-            steps.append(_Seeded(policy))
-        elif self.color_jitter and len(self.mean) == 3:
-            steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
-        return v2.Compose([*steps, v2.PILToTensor()])
+            return v2.Compose([crop, _Seeded(policy)])
+        if self.color_jitter and len(self.mean) == 3:
+            return v2.Compose([crop, v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter)])
+        return crop
 
     def evaluate(self, size: tuple[int, int]) -> Transform:
         """See `evaluation_transform`."""
@@ -75,7 +76,7 @@ class ClassificationAugment:
     def _policy(self, side: int) -> Any:
         if self.randaugment is None:
             return None
-        fill = tuple(min(255, round(255 * value)) for value in self.mean)
+        fill = tuple(max(0, min(255, round(255 * float(value)))) for value in self.mean)
         options = {
             "translate_const": int(0.45 * side),
             "img_mean": fill if len(fill) == 3 else fill[0],
@@ -84,23 +85,36 @@ class ClassificationAugment:
         if not self.randaugment.startswith("rand"):
             raise UserError(f"augment.randaugment={self.randaugment} is no policy: write it as rand-m9-mstd0.5-inc1")
         try:
-            return rand_augment_transform(self.randaugment, options)
+            policy = rand_augment_transform(self.randaugment, options)
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(
                 f"augment.randaugment={self.randaugment} is no policy ({error}): write it as rand-m9-mstd0.5-inc1"
             ) from error
+        for op in policy.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+        return policy
 
 
 class _Seeded:
-    """A transform of timm's, whose random numbers are not torch's, drawing from a seed of torch's."""
+    """A transform of timm's, of PIL images and with other random numbers than torch's, drawing a seed from torch's."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype != torch.uint8:
+            raise UserError(
+                "augment.randaugment works on pictures with 8 bits per channel, these have more: "
+                "set augment.randaugment=null"
+            )
         with seeded(int(torch.randint(2**63 - 1, ()))):
-            changed: Image.Image = self.transform(image)
-        return changed
+            return to_tensor(self.transform(F.to_pil_image(pixels)))
+
+
+def _posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
+    # At the highest severity timm asks for no bits at all, which was black until Pillow 13 refused it.
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def evaluation_transform(size: tuple[int, int], crop_pct: float | str = "auto") -> Transform:
@@ -128,16 +142,24 @@ def check_crop_pct(crop_pct: float | str) -> None:
         raise UserError(f"augment.crop_pct={crop_pct!r} must be a share in (0, 1], auto or warp")
 
 
-def _warp(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    return pil_to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+def _warp(picture: Picture, size: tuple[int, int]) -> Tensor:
+    return _resized(picture, size)
 
 
-def _resize_and_crop(image: Image.Image, size: tuple[int, int], crop_pct: float) -> Tensor:
+def _resize_and_crop(picture: Picture, size: tuple[int, int], crop_pct: float) -> Tensor:
     height, width = (math.floor(side / crop_pct) for side in size)
+    sides = picture.size
     if height == width:  # as torchvision's Resize: the short side exactly, the long one cut to whole pixels
-        short = min(image.size)
-        resized = [int(height * side / short) for side in image.size]
+        short = min(sides)
+        resized = [int(height * side / short) for side in sides]
     else:  # as timm's for an oblong model: rounded
-        ratio = min(image.width / width, image.height / height)
-        resized = [round(side / ratio) for side in image.size]
-    return pil_to_tensor(center_crop(image.resize((resized[0], resized[1]), Image.Resampling.BICUBIC), list(size)))
+        ratio = min(sides[0] / height, sides[1] / width)
+        resized = [round(side / ratio) for side in sides]
+    return F.center_crop(_resized(picture, (resized[0], resized[1])), list(size))
+
+
+def _resized(picture: Picture, size: tuple[int, int]) -> Tensor:
+    pixels = picture.decode()
+    if isinstance(pixels, Image.Image):  # PIL's own, as in timm
+        return to_tensor(pixels.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return F.resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)

@@ -4,6 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.loader import Normalization, open_loader
-from fcmae.data.sampler import EpochSampler
+from fcmae.data.sampler import EpochSampler, Order
 from fcmae.data.source import Batch, Source
 from fcmae.data.transforms import Augment
 from fcmae.errors import UserError
@@ -27,14 +28,18 @@ class ImageDataModule(L.LightningDataModule):
     Args:
         image_size: side, or (height, width), in pixels.
         in_chans: channels of an image.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel.
+        mean: per channel, of pixels in [0, 1] (see `Pixels` for more than 8 bits); `auto` is for the command line,
+            which measures it, see `channel_statistics`.
+        std: per channel; likewise.
         batch_size: images per device and step.
         val_images: how many images to hold out; never more than a fifth of them.
         augment: what becomes of a picture in training and in validation.
         num_workers: processes that read images; `auto` is up to 8, within the cores of this process.
+        timeout: seconds to wait for a batch of the worker processes before giving up; 0: for ever.
         max_broken: share of unreadable images at which the run stops; a single one never stops it.
-        seed: of order and crops.
+        repeats: samples (crops, with a mask each) from each decoded picture; an epoch decodes every picture once.
+        samples_per_epoch: images in an epoch, consecutive parts of an endless stream of passes; null: one pass.
+        seed: of order, crops and masks.
 
     Attributes:
         steps_done: optimiser steps that a resumed run has behind it; to be set before the fit.
@@ -42,13 +47,16 @@ class ImageDataModule(L.LightningDataModule):
 
     image_size: int | Sequence[int]
     in_chans: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: Sequence[float] | Literal["auto"]
+    std: Sequence[float] | Literal["auto"]
     batch_size: int
     val_images: int
     augment: Augment
     num_workers: int | str
+    timeout: float
     max_broken: float
+    repeats: int
+    samples_per_epoch: int | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -56,7 +64,18 @@ class ImageDataModule(L.LightningDataModule):
         self._check()
         self._loaded: Source | None = None
         self.steps_done = 0
-        self.normalize = Normalization(self.mean, self.std)
+        self.normalize = Normalization(*self.numbers)
+
+    @property
+    def numbers(self) -> tuple[Sequence[float], Sequence[float]]:
+        """(mean, deviation) per channel.
+
+        Raises:
+            UserError: they are still to be measured.
+        """
+        if self.mean == "auto" or self.std == "auto":
+            raise UserError("data.mean=auto and data.std=auto are measured in training; give numbers here")
+        return self.mean, self.std
 
     @abstractmethod
     def load_source(self) -> Source:
@@ -80,8 +99,8 @@ class ImageDataModule(L.LightningDataModule):
             self._loaded = self.load_source()
         return self._loaded
 
-    def split(self) -> tuple[list[int], list[int]]:
-        """Indices into the source: (to learn from, held out).
+    def split(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Indices into the source, ascending: (to learn from, held out).
 
         Raises:
             UserError: fewer than two images.
@@ -89,14 +108,21 @@ class ImageDataModule(L.LightningDataModule):
         count = len(self.source)
         if count < 2:
             raise UserError(f"{count} image is too few to train on and to validate with: at least 2 are needed")
-        held_out = max(1, min(self.val_images, count // 5))
+        return self.hold_out(count, max(1, min(self.val_images, count // 5)))
+
+    def hold_out(self, count: int, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
+        """So many of all images at random, always the same ones."""
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
         return sorted(order[held_out:]), sorted(order[:held_out])
 
     def fingerprint(self) -> str:
         """Changes when images come, go or are renamed."""
+        return f"{len(self.source)} images, {self.names_digest()[:12]}"
+
+    def names_digest(self) -> str:
+        """A hash of the images' names."""
         names = "\n".join(self.source.sample_id(index) for index in range(len(self.source)))
-        return f"{len(self.source)} images, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def check_enough(self, effective_batch: int, *, world_size: int, asked_for: bool) -> None:
         """Refuses an effective batch that is larger than the training set, and ranks without an image to validate.
@@ -110,7 +136,7 @@ class ImageDataModule(L.LightningDataModule):
             UserError: says how large it may be.
         """
         train, held_out = self.split()
-        count = len(train)
+        count = self.samples_per_epoch or len(train) * self.repeats
         if len(held_out) < world_size:
             raise UserError(
                 f"{len(held_out)} held-out images are too few for {world_size} devices: "
@@ -120,15 +146,25 @@ class ImageDataModule(L.LightningDataModule):
             fitting = f"data.batch_size={max(1, count * self.batch_size // effective_batch)}"
             if asked_for and count >= self.batch_size:
                 fitting = f"effective_batch={count // self.batch_size * self.batch_size}"
+            what = f"data.samples_per_epoch={count}" if self.samples_per_epoch else f"{count} training images"
             raise UserError(
-                f"{count} training images are fewer than one effective batch of {effective_batch}: "
-                f"use {fitting} or less, or more images"
+                f"{what} are fewer than one effective batch of {effective_batch}: use {fitting} or less, or more images"
             )
 
     def dataset(self, indices: Sequence[int], *, train: bool) -> ImageDataset:
         """Some of the images, as they come to training or to validation."""
         transform = self.augment.train(self.size) if train else self.augment.evaluate(self.size)
-        return ImageDataset(source=self.source, indices=indices, transform=transform, seed=self.seed)
+        return ImageDataset(
+            source=self.source,
+            indices=indices,
+            transform=transform,
+            seed=self.seed if train else None,
+            repeats=self.repeats if train else 1,
+        )
+
+    def order(self, indices: Sequence[int]) -> Order:
+        """How a pass over the training images is ordered; sources that lie in shards know a better way."""
+        return Order(len(indices))
 
     def weights(self) -> Tensor | None:
         """How often each training image is drawn, relative to the others; None: every one once per epoch."""
@@ -140,55 +176,72 @@ class ImageDataModule(L.LightningDataModule):
         indices, _ = self.split()
         order = EpochSampler(
             size=len(indices),
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // self.repeats,
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             seed=self.seed,
             steps_done=self.steps_done,
             max_steps_per_epoch=_whole_steps(trainer) if trainer else None,
+            samples_per_epoch=self.samples_per_epoch and self.samples_per_epoch // self.repeats,
             weights=self.weights(),
+            order=self.order(indices),
         )
-        return self._loader(self.dataset(indices, train=True), order)
+        return self._loader(self.dataset(indices, train=True), order, pictures=self.batch_size // self.repeats)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The held-out images, always in the same order; ranks share them out."""
         _, indices = self.split()
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order = [(0, index) for index in range(rank, len(indices), world_size)]
-        return self._loader(self.dataset(indices, train=False), order, most_workers=2)
+        return self._loader(self.dataset(indices, train=False), order, pictures=self.batch_size, most_workers=2)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """uint8 images to normalised float32, on the device, in channels-last memory."""
+        """Pixels to normalised float32, on the device, in channels-last memory."""
         return batch._replace(images=self.normalize(batch.images))
 
     def _loader(
-        self, dataset: ImageDataset, order: EpochSampler | Sequence[tuple[int, ...]], most_workers: int = 1000
+        self,
+        dataset: ImageDataset,
+        order: EpochSampler | Sequence[tuple[int, ...]],
+        *,
+        pictures: int,
+        most_workers: int = 1000,
     ) -> DataLoader[Batch]:
         return open_loader(
             dataset,
             order,
-            batch_size=self.batch_size,
+            batch_size=pictures,
             num_workers=self.num_workers,
             most_workers=most_workers,
             local_ranks=self.trainer.num_devices if self.trainer else 1,
+            timeout=self.timeout,
         )
 
     def _check(self) -> None:
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise UserError(f"data.image_size={list(self.image_size)} must be one number, or [height, width]")
-        if not len(self.mean) == len(self.std) == self.in_chans:
+        mean, std = self.numbers
+        if not len(mean) == len(std) == self.in_chans:
             raise UserError(
-                f"data.in_chans={self.in_chans}, but {len(self.mean)} means and {len(self.std)} deviations: "
-                "give one of each per channel in data.mean and data.std"
+                f"data.in_chans={self.in_chans}, but {len(mean)} means and {len(std)} deviations: give one of each per "
+                "channel in data.mean and data.std, or data.mean=auto data.std=auto"
             )
-        if min(self.std) <= 0:
-            raise UserError(f"data.std={list(self.std)} must be positive")
-        for name, value, bound in (("batch_size", self.batch_size, 1), ("val_images", self.val_images, 1)):
-            if value < bound:
-                raise UserError(f"data.{name}={value} must be at least {bound}")
+        if min(std) <= 0:
+            raise UserError(f"data.std={list(std)} must be positive")
+        for name in ("batch_size", "val_images", "repeats", "samples_per_epoch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name}={value} must be at least 1")
+        if self.batch_size % self.repeats:
+            raise UserError(
+                f"data.batch_size={self.batch_size} is no multiple of data.repeats={self.repeats}: "
+                f"use {self.batch_size // self.repeats * self.repeats or self.repeats}"
+            )
         if self.num_workers != "auto" and (not isinstance(self.num_workers, int) or self.num_workers < 0):
             raise UserError(f"data.num_workers={self.num_workers!r} must be a number from 0, or auto")
+        if self.timeout < 0:
+            raise UserError(f"data.timeout={self.timeout} must be a number of seconds, or 0 for no end")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"data.max_broken={self.max_broken} must be a share in [0, 1]")
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.picture import Decoded
 from fcmae.errors import UserError
 
 
@@ -38,10 +39,10 @@ class Digits:
         """`digits/<number in scikit-learn's order>`."""
         return f"digits/{index}"
 
-    def load(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Decoded:
         """The enlarged digit."""
         image = Image.fromarray(self._images[index]).resize(self._size[::-1], Image.Resampling.BICUBIC)
-        return image.convert(self._mode)
+        return Decoded(image.convert(self._mode))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.names import Names
 from fcmae.errors import UserError
 
 
@@ -17,7 +18,7 @@ class ImageFolder(Folder):
     Args:
         path: the folder. With `train` and `val` in it, images below `train` are to learn from and images below `val`
             to validate with; other folders beside these two are left alone. Otherwise its folders are the classes.
-        in_chans: 1 for grey, 3 for RGB.
+        in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
 
     Raises:
         UserError: as `Folder`; one class only; a class to validate with that there is none of to learn from, or an
@@ -39,7 +40,7 @@ class ImageFolder(Folder):
                 "put the images of each class in a folder named after it"
             )
         depth = 1 if parted else 0
-        self._names = [name for name in self._names if _belongs(PurePath(name).parts, parted)]
+        self._names = Names(name for name in self._names if _belongs(PurePath(name).parts, parted))
         classes = {name: index for index, name in enumerate(self.class_names)}
         found = [PurePath(name).parts[depth] for name in self._names]
         unknown = sorted(set(found) - classes.keys())
@@ -70,7 +71,9 @@ class ImageFolderDataModule(LabelledDataModule):
     path: str
 
     def load_source(self) -> ImageFolder:
-        return ImageFolder(path=self.path, in_chans=self.in_chans)
+        source = ImageFolder(path=self.path, in_chans=self.in_chans)
+        source.check_channels()
+        return source
 
 
 def _belongs(parts: tuple[str, ...], parted: bool) -> bool:

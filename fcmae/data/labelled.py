@@ -49,7 +49,7 @@ class LabelledDataModule(ImageDataModule):
                 "(0, 1], not both"
             )
         self.leave_out_broken = False
-        self._split: tuple[list[int], list[int]] | None = None
+        self._split: tuple[Sequence[int], Sequence[int]] | None = None
 
     @abstractmethod
     def load_source(self) -> LabelledSource:
@@ -70,35 +70,45 @@ class LabelledDataModule(ImageDataModule):
         return self.labelled.class_names
 
     @property
+    def labels(self) -> Tensor:
+        """(N,) int64, or (N, classes) bool: of all images.
+
+        Raises:
+            UserError: they have none.
+        """
+        if self.labelled.labels is None:
+            raise UserError(
+                f"{type(self.source).__name__}: the images have no labels; they can be pre-trained on, nothing else"
+            )
+        return self.labelled.labels
+
+    @property
     def is_multi_label(self) -> bool:
         """Whether an image may have any number of classes."""
-        return self.labelled.labels.ndim == 2
+        return self.labels.ndim == 2
 
-    def split(self) -> tuple[list[int], list[int]]:
+    def split(self) -> tuple[Sequence[int], Sequence[int]]:
         """Indices into the source: (to learn from, held out).
 
         Raises:
             UserError: fewer than two images, a class without one to learn from, or fewer than asked for.
         """
         if self._split is None:
-            held_out = self.labelled.held_out
-            if held_out is None:
-                train, held_out = super().split()
-            else:
-                train = sorted(set(range(len(self.source))) - set(held_out))
-            self._split = self._chosen(train), held_out
+            train, held_out = super().split() if self.labelled.held_out is None else self._given_split()
+            self._split = train if self.labelled.labels is None else self._chosen(train), held_out
         return self._split
 
     def fingerprint(self) -> str:
         """Changes also when labels or the part to validate with change."""
         digest = hashlib.sha256(super().fingerprint().encode())
         digest.update(repr((self.class_names, self.labelled.held_out)).encode())
-        digest.update(self.labelled.labels.numpy().tobytes())
+        if self.labelled.labels is not None:
+            digest.update(self.labelled.labels.numpy().tobytes())
         return f"{len(self.source)} images, {digest.hexdigest()[:12]}"
 
     def train_labels(self) -> Tensor:
         """(N,) int64 or (N, classes) bool: of the images to learn from."""
-        return self.labelled.labels[self.split()[0]]
+        return self.labels[self.split()[0]]
 
     def class_counts(self) -> Tensor:
         """(classes,) int64: how many images to learn from each class has."""
@@ -125,9 +135,15 @@ class LabelledDataModule(ImageDataModule):
             dataset.stand_in = torch.zeros(self.in_chans, *self.size, dtype=torch.uint8)
         return dataset
 
-    def _chosen(self, train: list[int]) -> list[int]:
+    def _given_split(self) -> tuple[Sequence[int], Sequence[int]]:
+        held_out = self.labelled.held_out or []
+        if isinstance(held_out, range) and held_out.stop == len(self.source):
+            return range(held_out.start), held_out
+        return sorted(set(range(len(self.source))) - set(held_out)), held_out
+
+    def _chosen(self, train: Sequence[int]) -> Sequence[int]:
         """The few labels: drawn from each class by the seed."""
-        members = _members(self.labelled.labels[train], len(self.class_names))
+        members = _members(self.labels[torch.as_tensor(train)], len(self.class_names))
         for name, positions in zip(self.class_names, members, strict=True):
             if len(positions) < (self.shots or 1):
                 wanted = f"data.shots={self.shots} images" if self.shots else "an image"
@@ -139,7 +155,7 @@ class LabelledDataModule(ImageDataModule):
             return train
         chosen: set[int] = set()
         if self.is_multi_label and self.shots is None:  # images without any label are a group of their own
-            members = [*members, (~self.labelled.labels[train].any(1)).nonzero()[:, 0]]
+            members = [*members, (~self.labels[torch.as_tensor(train)].any(1)).nonzero()[:, 0]]
         for index, positions in enumerate(members):
             generator = torch.Generator().manual_seed(mix_seed("few labels", self.seed, index))
             wanted_count = self.shots or max(1, round(self.fraction * len(positions)))

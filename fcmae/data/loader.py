@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.source import Batch, collate
+from fcmae.data.watch import WatchedLoader
 
 
 def open_loader(
@@ -20,6 +21,7 @@ def open_loader(
     num_workers: int | str,
     most_workers: int = 1000,
     local_ranks: int = 1,
+    timeout: float = 0,
 ) -> DataLoader[Batch]:
     """Batches of a data set.
 
@@ -30,23 +32,25 @@ def open_loader(
         num_workers: processes that read; `auto` is up to 8, within the cores of this process.
         most_workers: never more than these.
         local_ranks: processes of this machine that share its cores.
+        timeout: seconds to wait for a batch of the workers before giving up; 0: for ever.
     """
-    share = max(1, min(8, _usable_cores() // local_ranks))
+    share = max(1, min(8, usable_cores() // local_ranks))
     workers = min(most_workers, share if num_workers == "auto" else int(num_workers))
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # a data set of samples, collated to batches
+    return WatchedLoader(
+        dataset,
         sampler=order,
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_run,
+        timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
 class Normalization:
-    """uint8 pixels to normalised float32, on whatever device they are.
+    """Pixels to normalised float32, on whatever device they are.
 
     Args:
         mean: per channel, of pixels in [0, 1].
@@ -59,20 +63,23 @@ class Normalization:
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> (x / 255 - mean) / std, float32, in channels-last memory."""
+        """(B, C, H, W) -> (x - mean) / std, float32, in channels-last memory; x / 255 for uint8 images."""
+        whole = 255 if images.dtype == torch.uint8 else 1
         images = images.to(torch.float32, memory_format=torch.channels_last)
         device = images.device
         if device not in self._on:  # copied to the device once: every copy makes a GPU wait
             mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
             self._on[device] = mean, std
         mean, std = self._on[device]
-        return (images / 255 - mean) / std
+        return (images / whole - mean) / std
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_run(worker: int) -> None:
+    """What a worker process begins with."""
     # Ctrl-C reaches every process of a terminal; the run's own ends its step and then its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

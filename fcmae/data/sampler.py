@@ -1,6 +1,6 @@
 """The order of samples, a function of (seed, epoch), and the place in it where a resumed run goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from fcmae.data.randomness import mix_seed
 
 
 class EpochSampler(Sampler[tuple[int, ...]]):
-    """Yields (epoch, index) keys: a new random order every epoch, cut into equal shares for the ranks.
+    """Yields (pass, index) keys: a new random order every pass over the samples, dealt out to the ranks.
 
-    The order is that of *global batches* of `batch_size * world_size * accumulate` samples; what does not fill the
-    last one is left out of the epoch. Micro-batch m of rank r in a global batch is the slice of `batch_size` samples
-    at (m * world_size + r) * batch_size.
+    The order is that of *global batches* of `batch_size * world_size * accumulate` samples; what does not fill an
+    epoch's last one is left out. Micro-batch m of rank r in a global batch is the slice of `batch_size` samples at
+    (m * world_size + r) * batch_size. An epoch is one pass, unless `samples_per_epoch` is given: then epochs are
+    consecutive parts of an endless stream of passes, in which nothing is left out.
 
     Args:
         size: number of samples.
@@ -23,10 +24,12 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         rank: of this process.
         world_size: number of processes.
         seed: of the order.
-        steps_done: optimiser steps that a resumed run has behind it; the first pass starts there.
+        steps_done: optimiser steps that a resumed run has behind it; the first epoch starts there.
         max_steps_per_epoch: leave an epoch after so many steps.
-        weights: (size,), how often each sample is drawn relative to the others: then an epoch draws with replacement,
+        samples_per_epoch: length of an epoch, rounded down to whole global batches; None for a pass.
+        weights: (size,), how often each sample is drawn relative to the others: then a pass draws with replacement,
             and a key has a third number, the place in the order.
+        order: of the samples in a pass; by default all mixed with all.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         seed: int = 0,
         steps_done: int = 0,
         max_steps_per_epoch: int | None = None,
+        samples_per_epoch: int | None = None,
         weights: Tensor | None = None,
+        order: "Order | None" = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -49,7 +54,10 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.world_size = world_size
         self.seed = seed
         self.weights = weights
-        self.steps_per_epoch = size // (batch_size * world_size * accumulate)
+        self.order = order or Order(size)
+        self.samples_per_epoch = samples_per_epoch
+        self.samples_per_step = batch_size * world_size * accumulate
+        self.steps_per_epoch = (samples_per_epoch or size) // self.samples_per_step
         if max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch)
         self.first_epoch, self.first_step = divmod(steps_done, self.steps_per_epoch)
@@ -64,16 +72,70 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        generator = torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
-        if self.weights is None:
-            order = torch.randperm(self.size, generator=generator)
-        else:
-            upto = self.weights.double().cumsum(0)  # torch.multinomial takes no more than 2^24 samples
-            drawn = torch.rand(self.size, dtype=torch.float64, generator=generator) * upto[-1]
-            order = torch.searchsorted(upto, drawn, right=True).clamp(max=self.size - 1)
-        order = order[: self.steps_per_epoch * self.accumulate * self.world_size * self.batch_size]
-        places = torch.arange(len(order)).view(-1, self.world_size, self.batch_size)[:, self.rank]
+        keys = self._epoch_keys(self.epoch)  # (samples of the epoch, 2 or 3)
+        mine = keys.view(-1, self.world_size, self.batch_size, keys.shape[1])[:, self.rank]
         start = self.first_step * self.accumulate if self.epoch == self.first_epoch else 0
-        for place in places[start:].flatten().tolist():  # of (micro-batches, batch_size)
-            index = int(order[place])
-            yield (self.epoch, index) if self.weights is None else (self.epoch, index, place)
+        for key in mine[start:].flatten(0, 1):  # of (micro-batches, batch_size, 2 or 3)
+            yield tuple(key.tolist())
+
+    def _epoch_keys(self, epoch: int) -> Tensor:
+        """What all ranks see in an epoch, in this order."""
+        count = self.steps_per_epoch * self.samples_per_step
+        if self.samples_per_epoch is None:
+            return self._pass_keys(epoch)[:count]
+        start, keys = epoch * count, []
+        while count > 0:
+            number, place = divmod(start, self.size)
+            keys.append(self._pass_keys(number)[place : place + count])
+            start, count = start + len(keys[-1]), count - len(keys[-1])
+        return torch.cat(keys)
+
+    def _pass_keys(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(mix_seed("order", self.seed, number))
+        if self.weights is None:
+            order = self.order(generator)
+            return torch.stack([torch.full_like(order, number), order], dim=1)
+        upto = self.weights.double().cumsum(0)  # torch.multinomial takes no more than 2^24 samples
+        drawn = torch.rand(self.size, dtype=torch.float64, generator=generator) * upto[-1]
+        order = torch.searchsorted(upto, drawn, right=True).clamp(max=self.size - 1)
+        return torch.stack([torch.full_like(order, number), order, torch.arange(self.size)], dim=1)
+
+
+class Order:
+    """A random order of samples, all mixed with all.
+
+    Args:
+        size: number of samples.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """(size,) int64, every sample once."""
+        return torch.randperm(self.size, generator=generator)
+
+
+class ShardOrder(Order):
+    """A random order of samples that lie together in shards: few shards are in use at a time.
+
+    The shards come in random order; the samples of so many consecutive ones are mixed with each other.
+
+    Args:
+        sizes: number of samples in each shard, which lie one after another.
+        mixed: number of shards whose samples are mixed.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, mixed: int) -> None:
+        super().__init__(sum(sizes))
+        self.sizes = torch.tensor(list(sizes))
+        self.mixed = mixed
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """(size,) int64, every sample once."""
+        first = self.sizes.cumsum(0) - self.sizes
+        parts = []
+        for shards in torch.randperm(len(self.sizes), generator=generator).split(self.mixed):
+            together = torch.cat([torch.arange(int(first[s]), int(first[s] + self.sizes[s])) for s in shards])
+            parts.append(together[torch.randperm(len(together), generator=generator)])
+        return torch.cat(parts)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from fcmae.data.picture import Picture, as_shares
 
 LEFT_OUT = -1
 """The label of an image that could not be read, where others must not stand in for it; filled with it if several."""
@@ -20,8 +21,8 @@ class Source(Protocol):
         """A stable name of the image, for messages: a path, or the like."""
         ...
 
-    def load(self, index: int) -> Image.Image:
-        """The decoded image, in the mode that fits the channels asked for.
+    def open(self, index: int) -> Picture:
+        """The picture, with the channels asked for.
 
         Raises:
             Exception: whatever the decoder raises on a broken file; the data set skips and reports it.
@@ -30,21 +31,33 @@ class Source(Protocol):
 
 
 class LabelledSource(Source, Protocol):
-    """Images of known classes."""
+    """Images of known classes, or of none."""
 
-    class_names: list[str]
-    labels: Tensor
-    """(N,) int64, the class of every image; or (N, classes) bool, where an image may have any number of them."""
-    held_out: list[int] | None
-    """The images that are there to validate with; None if the source makes no difference."""
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels."""
+        ...
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,) int64, the class of every image; or (N, classes) bool, where an image may have any number of them; None
+        if they have no labels."""
+        ...
+
+    @property
+    def held_out(self) -> Sequence[int] | None:
+        """The images that are there to validate with; None if the source makes no difference."""
+        ...
 
 
 class Sample(NamedTuple):
     """One image on its way to a batch."""
 
     image: Tensor
-    """(C, H, W) uint8."""
+    """(C, H, W), uint8; or float32, see `fcmae.data.picture.Pixels`."""
     sample_id: str
+    seed: int
+    """In [0, 2^63): of whatever is drawn for this image alone later on, such as its mask."""
     broken: list[tuple[str, str]]
     """(sample id, reason) of the images that were passed over to get this one."""
     label: Tensor | None = None
@@ -52,22 +65,29 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B images. From the workers they come as uint8; on the device they become normalised float32."""
+    """B images. From the workers they come as their pixels are; on the device they become normalised float32."""
 
     images: Tensor
     """(B, C, H, W)."""
     sample_ids: list[str]
+    seeds: Tensor
+    """(B,) int64."""
     broken: list[tuple[str, str]]
     labels: Tensor | None = None
     """(B,) int64 or (B, classes) float32, where the source has labels."""
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one size to a batch."""
+def collate(drawn: Sequence[Sequence[Sample]]) -> Batch:
+    """Samples of one size, as many as each picture gave, to a batch."""
+    samples = [sample for several in drawn for sample in several]
+    images = [sample.image for sample in samples]
+    if len({image.dtype for image in images}) > 1:  # files with 8 bits beside files with more
+        images = [as_shares(image) for image in images]
     labels = [sample.label for sample in samples if sample.label is not None]
     return Batch(
-        images=torch.stack([sample.image for sample in samples]),
+        images=torch.stack(images),
         sample_ids=[sample.sample_id for sample in samples],
+        seeds=torch.tensor([sample.seed for sample in samples]),
         broken=[entry for sample in samples for entry in sample.broken],
         labels=torch.stack(labels) if labels else None,
     )

@@ -20,7 +20,7 @@ class Table(Folder):
         path: folder that the paths in the table start from.
         table: the file, in UTF-8.
         multi_label: whether `label` holds any number of classes, separated by semicolons.
-        in_chans: 1 for grey, 3 for RGB.
+        in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
 
     Raises:
         UserError: the file or a column is missing, a line lacks an image or a label or has more cells than columns, a
@@ -113,4 +113,6 @@ class TableDataModule(LabelledDataModule):
     multi_label: bool
 
     def load_source(self) -> Table:
-        return Table(path=self.path, table=self.table, multi_label=self.multi_label, in_chans=self.in_chans)
+        source = Table(path=self.path, table=self.table, multi_label=self.multi_label, in_chans=self.in_chans)
+        source.check_channels()
+        return source

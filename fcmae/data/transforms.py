@@ -1,18 +1,22 @@
-"""From a decoded picture to a (C, H, W) uint8 tensor of the model's size."""
+"""From a picture to a (C, H, W) tensor of the model's size."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
+from fcmae.data.picture import Picture, to_tensor
 from fcmae.errors import UserError
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Picture], Tensor]
+"""Picture -> (C, height, width), uint8 or float32 as its pixels are."""
 
 
 class Augment(Protocol):
@@ -47,23 +51,51 @@ class Crop:
 
     def train(self, size: tuple[int, int]) -> Transform:
         """A random part of the picture."""
-        return v2.Compose([random_crop(size, self.crop_scale, self.flip), v2.PILToTensor()])
+        return RandomCrop(size, self.crop_scale, self.flip)
 
     def evaluate(self, size: tuple[int, int]) -> Transform:
         """The largest centred crop of the right aspect, resized (bicubic)."""
         return partial(_fit, size=size)
 
 
-def random_crop(size: tuple[int, int], crop_scale: Sequence[float], flip: bool) -> v2.Compose:
-    """Random resized crop (bicubic), within a third of the result's aspect, and horizontal flip."""
-    aspect = size[1] / size[0]
-    crop = v2.RandomResizedCrop(
-        size,
-        scale=(crop_scale[0], crop_scale[1]),
-        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
-        interpolation=InterpolationMode.BICUBIC,
-    )
-    return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
+class RandomCrop:
+    """A random part of a picture, resized (bicubic), perhaps mirrored; no more of a JPEG is decoded than that needs.
+
+    Draws from torch's global generator.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        crop_scale: least and largest share of the picture's area; the aspect is within a third of the result's.
+        flip: mirror every other picture.
+    """
+
+    def __init__(self, size: tuple[int, int], crop_scale: Sequence[float], flip: bool) -> None:
+        self.size = size
+        self.crop_scale = [crop_scale[0], crop_scale[1]]
+        self.flip = flip
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Picture -> (C, height, width)."""
+        height, width = picture.size
+        aspect = self.size[1] / self.size[0]
+        shape = torch.empty(1, height, width, device="meta")
+        box = RandomResizedCrop.get_params(shape, self.crop_scale, [3 / 4 * aspect, 4 / 3 * aspect])
+        mirrored = self.flip and bool(torch.rand(()) < 0.5)
+        enough = math.ceil(height * self.size[0] / box[2]), math.ceil(width * self.size[1] / box[3])
+        pixels = to_tensor(picture.decode(enough))
+        top, left, bottom, right = _scaled(box, height, width, pixels)
+        cropped = F.resize(
+            pixels[:, top:bottom, left:right], list(self.size), InterpolationMode.BICUBIC, antialias=True
+        )
+        return cropped.flip(2) if mirrored else cropped
+
+
+def _scaled(box: Sequence[int], height: int, width: int, pixels: Tensor) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) in pixels of a picture that was decoded smaller, of a box in it at its whole size."""
+    top, left, tall, wide = box
+    down, across = pixels.shape[1] / height, pixels.shape[2] / width
+    bottom, right = round((top + tall) * down), round((left + wide) * across)
+    return min(round(top * down), bottom - 1), min(round(left * across), right - 1), bottom, right
 
 
 def check_crop_scale(crop_scale: Sequence[float]) -> None:
@@ -76,5 +108,10 @@ def check_crop_scale(crop_scale: Sequence[float]) -> None:
         raise UserError(f"augment.crop_scale={list(crop_scale)} must be two rising shares in (0, 1], as [0.2, 1]")
 
 
-def _fit(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    return pil_to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))
+def _fit(picture: Picture, size: tuple[int, int]) -> Tensor:
+    pixels = picture.decode()
+    if isinstance(pixels, Image.Image):
+        return to_tensor(ImageOps.fit(pixels, (size[1], size[0]), Image.Resampling.BICUBIC))
+    scale = min(pixels.shape[1] / size[0], pixels.shape[2] / size[1])
+    part = F.center_crop(pixels, [max(1, round(side * scale)) for side in size])
+    return F.resize(part, list(size), InterpolationMode.BICUBIC, antialias=True)

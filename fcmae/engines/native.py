@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from fcmae.errors import UserError
+from fcmae.files import user_cache
 
 FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden")
 SECONDS = 120
@@ -32,7 +33,7 @@ def load_library(source: Path, definition: str) -> ctypes.CDLL:
     content = hashlib.sha256(repr((source.read_text(), command, _target(*_compiler()))).encode()).hexdigest()
     name = f"{source.stem}-{definition.lower()}-{content[:16]}.so"
     try:
-        return ctypes.CDLL(str(_compiled(command, source, _cache() / name)))
+        return ctypes.CDLL(str(_compiled(command, source, user_cache() / name)))
     except OSError as error:  # the home may be read-only, full, or not to run programs from
         reasons = [str(error)]
     try:
@@ -95,18 +96,3 @@ def _run(command: list[str]) -> str:
         )
         raise UserError(f"`{shlex.join(command)}` failed: {lines[0]}")
     return done.stdout
-
-
-def _cache() -> Path:
-    """The folder of what was compiled earlier; others could put their own library in its place if they may write."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = (root if root.is_absolute() else Path.home() / ".cache") / "fcmae"
-    except RuntimeError as error:  # nobody knows where home is
-        raise OSError(str(error)) from error
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "geteuid"):
-        status = folder.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise OSError(f"{folder} is not yours alone to write")
-    return folder

@@ -69,7 +69,7 @@ def labelled_features(
     parts = list(
         outputs(
             data.source, indices, preparation, features, compute,
-            labels=data.labelled.labels, broken=broken, advance=advance,
+            labels=data.labels, broken=broken, advance=advance,
         )
     )  # fmt: skip
     if not parts:

@@ -77,9 +77,11 @@ class TrainingModule(L.LightningModule):
         """What the latest validation found, for people."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # So a resumed run draws the masks that it would have drawn: no state to save, none to lose.
+        # So a resumed run draws (drop path, mixed images) what it would have drawn: no state to save, none to lose. The
+        # batches of several ranks are numbered as EpochSampler deals them out, which one rank alone would get in turn.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(mix_seed("step", self.seed, self.global_step, micro_batch, self.global_rank))
+        place = micro_batch * self.trainer.world_size + self.global_rank
+        torch.manual_seed(mix_seed("step", self.seed, self.global_step, place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch, kept for the log."""

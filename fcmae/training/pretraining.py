@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.checkpoints.export import export_network
-from fcmae.data.randomness import mix_seed
 from fcmae.data.source import Batch
 from fcmae.engines.auto import choose
 from fcmae.evaluation.trivial import trivial_losses
@@ -27,7 +26,7 @@ class PretrainModule(TrainingModule):
     Args:
         model: the masked autoencoder.
         optim: optimiser and schedule.
-        seed: of masks and drop path.
+        seed: of drop path.
         description: how the model and its input are made, as plain data; goes into every checkpoint.
     """
 
@@ -62,12 +61,12 @@ class PretrainModule(TrainingModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss on hidden patches."""
-        loss: Tensor = self.model(batch.images).loss
+        loss: Tensor = self.model(batch.images, self.masks(batch)).loss
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out images with masks that stay the same, beside what trivial predictors reach."""
-        mask = self.fixed_mask(batch)
+        mask = self.masks(batch)  # a held-out image's seed follows from its name
         trivial = trivial_losses(self.model.target, batch.images, mask, self.model.masking.patch_size)
         losses = {
             "val_loss": self.model(batch.images, mask).loss,
@@ -83,14 +82,9 @@ class PretrainModule(TrainingModule):
             f"{metrics['val_loss_patch_mean']:.4f}, its nearest visible patch {metrics['val_loss_nearest_patch']:.4f})"
         )
 
-    def fixed_mask(self, batch: Batch) -> Mask:
-        """Masks that follow from the images' names alone: the same in every run, on every device, in every batch."""
-        masks = []
-        with torch.random.fork_rng(devices=[]):
-            for image, sample_id in zip(batch.images.cpu(), batch.sample_ids, strict=True):
-                torch.manual_seed(mix_seed(f"validation {sample_id}"))
-                masks.append(self.model.masking(image[None]))
-        return Mask(torch.cat([m.visible for m in masks]), torch.cat([m.index for m in masks])).to(batch.images.device)
+    def masks(self, batch: Batch) -> Mask:
+        """Of the images' own seeds: on any device, in any batch, the same."""
+        return self.model.masking(batch.images, batch.seeds)
 
     def export(self, folder: Path) -> None:
         """Writes `encoder.safetensors`, in timm's names."""

@@ -18,7 +18,8 @@ from fcmae.checkpoints.format import newest_checkpoint
 from fcmae.errors import UserError
 from fcmae.files import write_text
 
-# What may differ when a run goes on: it changes how the run is watched or fed, not what it computes.
+# What may differ when a run goes on: it changes how the run is watched or fed, or on how many devices it runs, not
+# what it computes. Where it changes the effective batch, `check_same_steps` notices.
 FREE_TO_CHANGE = (
     "resume",
     "run_name",
@@ -27,8 +28,16 @@ FREE_TO_CHANGE = (
     "pictures",
     "save",
     "probe",
+    "data.batch_size",
     "data.num_workers",
+    "data.timeout",
+    "data.cache_dir",
+    "data.cache_gib",
     "data.max_broken",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
     "trainer.limit_val_batches",

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 class BrokenImages(L.Callback):
     """Names every skipped image once, in the log and in a file, and stops the run when they are too many.
 
+    The file counts for all: every rank adds to it, and so does a run that goes on.
+
     Args:
         file: JSON lines with the image's id and the reason.
         images: number of images of the source.
@@ -29,9 +31,6 @@ class BrokenImages(L.Callback):
         self.file = file
         self.images = images
         self.max_broken = max_broken
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._noted = {json.loads(line)["id"] for line in lines}  # by an earlier start of the run; may be mended since
-        self._seen: set[str] = set()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -50,16 +49,22 @@ class BrokenImages(L.Callback):
         self._note(batch)
 
     def _note(self, batch: Batch) -> None:
+        if not batch.broken:
+            return
+        noted = self._noted()
         for sample_id, reason in batch.broken:
-            if sample_id in self._seen:
+            if sample_id in noted:
                 continue
-            self._seen.add(sample_id)
+            noted.add(sample_id)
             log.warning("skipped %s: %s", sample_id, reason)
-            if sample_id not in self._noted:
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
-        if len(self._seen) > max(1, self.max_broken * self.images):
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
+        if len(noted) > max(1, self.max_broken * self.images):
             raise UserError(
-                f"{len(self._seen)} of {self.images} images cannot be read (data.max_broken={self.max_broken}): "
-                f"see {self.file}, then mend or remove them, or raise data.max_broken"
+                f"{len(noted)} of {self.images} images cannot be read (data.max_broken={self.max_broken}): "
+                f"see {self.file}, then mend or remove them and delete that file, or raise data.max_broken"
             )
+
+    def _noted(self) -> set[str]:
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        return {json.loads(line)["id"] for line in lines}

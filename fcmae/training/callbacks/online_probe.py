@@ -51,9 +51,8 @@ class OnlineProbe(L.Callback):
         self.stages = stages
         self.data = _labelled(data, images)
         self.data.split()  # finds the images, or says that there are none
-        self.preparation = Preparation(
-            image_size=images.size, mean=tuple(images.mean), std=tuple(images.std), crop_pct="auto"
-        )
+        mean, std = images.numbers
+        self.preparation = Preparation(image_size=images.size, mean=tuple(mean), std=tuple(std), crop_pct="auto")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         last = trainer.current_epoch + 1 >= (trainer.max_epochs or 1)
@@ -82,12 +81,13 @@ class OnlineProbe(L.Callback):
         knn = KNN(learnt.values, learnt.labels, classes=classes, k=[k])
         return accuracy(knn.predict(judged.values)[k], judged.labels)
 
-    def _features(self, net: ConvNeXt, indices: list[int], compute: Compute) -> Features:
+    def _features(self, net: ConvNeXt, indices: Sequence[int], compute: Compute) -> Features:
         return labelled_features(self.data, indices, self.preparation, feature_function(net, self.stages), compute)
 
 
 def _labelled(data: str, images: ImageDataModule) -> LabelledDataModule:
-    shared = ("image_size", "in_chans", "mean", "std", "batch_size", "num_workers", "max_broken", "augment")
+    shared = ("image_size", "in_chans", "mean", "std", "batch_size", "num_workers", "timeout", "max_broken", "augment")
     options: dict[str, Any] = {name: getattr(images, name) for name in shared}
     options |= {"val_images": 512, "fraction": 1.0, "shots": None, "sampling": "uniform", "seed": 0}
+    options |= {"repeats": 1, "samples_per_epoch": None}
     return DigitsDataModule(**options) if data == "digits" else ImageFolderDataModule(path=data, **options)

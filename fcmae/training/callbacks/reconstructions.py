@@ -39,9 +39,9 @@ class Reconstructions(L.Callback):
         assert isinstance(pl_module, PretrainModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
-        shown = Batch(batch.images[: self.images], batch.sample_ids[: self.images], [])
-        reconstruction = reconstruct(pl_module.model, shown.images, pl_module.fixed_mask(shown))
-        image = picture(reconstruction, data.mean, data.std)
+        shown = batch._replace(images=batch.images[: self.images], seeds=batch.seeds[: self.images])
+        reconstruction = reconstruct(pl_module.model, shown.images, pl_module.masks(shown))
+        image = picture(reconstruction, *data.numbers)
         epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
         save_png(image, self.folder / f"epoch={epoch:04d}-step={trainer.global_step:08d}.png")
         save_png(image, self.folder / "latest.png")

@@ -1,0 +1,88 @@
+"""What the processes of a loader are reading: when one dies or hangs, the picture that it did so at has a name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from fcmae.data.dataset import ImageDataset
+from fcmae.data.source import Batch
+from fcmae.errors import UserError
+
+_LONGEST = 512  # bytes of a name
+
+
+class Reading:
+    """The picture that each worker opened last, in memory that all processes share.
+
+    Args:
+        workers: number of them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._names = torch.zeros(workers, _LONGEST, dtype=torch.uint8).share_memory_()
+
+    def __call__(self, sample_id: str) -> None:
+        """Called in a worker."""
+        info = get_worker_info()
+        if info is not None:
+            name = sample_id.encode()[-_LONGEST:]
+            padded = name + bytes(_LONGEST - len(name))
+            self._names[info.id] = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
+
+    def name(self, worker: int) -> str:
+        """The name of that picture, or its end; empty if there was none."""
+        return _text(self._names[worker])
+
+
+class WatchedLoader(DataLoader[Batch]):
+    """A loader that says at which picture a worker died, or did nothing for `timeout` seconds.
+
+    Raises, from its iterator:
+        UserError: a worker did.
+    """
+
+    dataset: ImageDataset  # type: ignore[assignment]  # a data set of samples, collated to batches
+
+    def __init__(self, dataset: ImageDataset, **options: Any) -> None:
+        super().__init__(dataset, **options)  # type: ignore[arg-type]
+        self._reading = Reading(self.num_workers)
+        if self.num_workers:
+            dataset.reading = self._reading
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches: Any = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch of a worker that is gone
+                reason = self._reason(batches, str(error))
+                if reason is None:
+                    raise
+                raise UserError(reason) from error
+            yield batch
+
+    def _reason(self, batches: Any, message: str) -> str | None:
+        """What happened to the workers, if that is it."""
+        workers = getattr(batches, "_workers", [])
+        names = [self._reading.name(number) or "nothing yet" for number in range(len(workers))]
+        dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
+        if dead:
+            return (
+                f"a process that reads images died while it read {', '.join(names[number] for number in dead)}: the "
+                "machine may be out of memory (lower data.num_workers), or the file crashes its decoder (leave it out)"
+            )
+        if "timed out after" in message:
+            return (
+                f"no batch came for {self.timeout:g} seconds while the processes read {', '.join(names)}: see whether "
+                "the disk or the network answers, or raise data.timeout"
+            )
+        return None
+
+
+def _text(name: Tensor) -> str:
+    return bytes(name.tolist()).rstrip(b"\0").decode(errors="replace")
