@@ -1,0 +1,180 @@
+"""Images in Parquet files, on this machine or anywhere, which are read row group by row group."""
+
+import logging
+import posixpath
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from fcmae.data.hf_columns import Columns, encode_labels, stored_picture
+from fcmae.data.picture import Picture
+from fcmae.data.sharded import Places
+from fcmae.errors import UserError
+
+log = logging.getLogger(__name__)
+_PATIENCE = 64  # seconds that a server may be silent
+_FILES_AT_ONCE = 16
+T = TypeVar("T")
+
+
+class ParquetImages:
+    """The images of Parquet files; every row group is a shard.
+
+    Nothing but the files' metadata and their labels is read at first. Each process then keeps the images, not decoded,
+    of the few row groups in use.
+
+    Args:
+        files: of the split to learn from and, if there is one, of the split to validate with: paths or URLs.
+        features: of the data set, by column.
+        columns: to read.
+        kept: number of row groups to keep.
+        in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
+
+    Raises:
+        UserError: a file cannot be read; as `encode_labels`.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: Mapping[str, Sequence[str]],
+        features: Mapping[str, Any],
+        columns: Columns,
+        kept: int,
+        in_chans: int,
+    ) -> None:
+        self.in_chans = in_chans
+        self._column = columns.image
+        self._kept = kept
+        self._cached: OrderedDict[int, Any] = OrderedDict()
+        urls = [url for split in files.values() for url in split]
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+            read = list(threads.map(lambda url: _read_file(url, columns), urls))
+        self._metadata = {url: metadata for url, (metadata, _) in zip(urls, read, strict=True)}
+        self._shards = [shard for url, metadata in self._metadata.items() for shard in _row_groups(url, metadata)]
+        names = dict(zip(urls, _below_their_folder(urls), strict=True))
+        self.shard_names = [f"{names[url]}#{number}" for url, number, _ in self._shards]
+        self.shard_sizes = [rows for _, _, rows in self._shards]
+        self._places = Places(self.shard_sizes)
+        self.held_out: Sequence[int] | None = None
+        if len(files) > 1:
+            learned_from = next(iter(files.values()))
+            self.held_out = range(sum(self._metadata[url].num_rows for url in learned_from), len(self))
+        self.class_names: list[str] = []
+        self.labels: Tensor | None = None
+        if columns.label is not None:
+            parts = [labels for _, labels in read]
+            self.class_names, self.labels = encode_labels(parts, features[columns.label], name=columns.label)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": OrderedDict()}  # every process reads its own
+
+    def sample_id(self, index: int) -> str:
+        """`<file>#<row group>:<row>`, the file as a path below the folder that holds all of them."""
+        shard, row = self._places[index]
+        return f"{self.shard_names[shard]}:{row}"
+
+    def open(self, index: int) -> Picture:
+        """See `stored_picture`.
+
+        Raises:
+            UserError: the row group cannot be read.
+        """
+        shard, row = self._places[index]
+        if shard not in self._cached:
+            while len(self._cached) >= self._kept:
+                self._cached.popitem(last=False)
+            self._cached[shard] = self._read_images(self._shards[shard])
+        self._cached.move_to_end(shard)
+        return stored_picture(self._cached[shard][row].as_py(), in_chans=self.in_chans)
+
+    def _read_images(self, shard: "RowGroup") -> Any:
+        """A `pyarrow.ChunkedArray`."""
+
+        def read(parquet: Any) -> Any:
+            return parquet.read_row_group(shard.number, columns=[self._column], use_threads=False)[self._column]
+
+        what = f"row group {shard.number} of {shard.url}"
+        return _patiently(lambda: _in_file(shard.url, read, self._metadata[shard.url]), shard.url, what)
+
+
+class RowGroup(NamedTuple):
+    """Some rows of a Parquet file, which lie together."""
+
+    url: str
+    number: int
+    rows: int
+
+
+def read_schema(url: str) -> Any:
+    """The `pyarrow.Schema` of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _patiently(lambda: _in_file(url, lambda parquet: parquet.schema_arrow), url, url)
+
+
+def _below_their_folder(urls: Sequence[str]) -> list[str]:
+    """The paths below the folder that holds them all: the same wherever that lies."""
+    paths = [url.rpartition("://")[2] for url in urls]
+    folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return [posixpath.relpath(path, folder) for path in paths]
+
+
+def _row_groups(url: str, metadata: Any) -> list[RowGroup]:
+    groups = [RowGroup(url, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
+    return [group for group in groups if group.rows]
+
+
+def _read_file(url: str, columns: Columns) -> tuple[Any, Any]:
+    """(metadata, labels or None)."""
+
+    def read(parquet: Any) -> tuple[Any, Any]:
+        for column in columns:
+            if column is not None and column not in parquet.schema_arrow.names:
+                raise UserError(f"{url} has no column {column!r}, only {', '.join(parquet.schema_arrow.names)}")
+        if columns.label is None:
+            return parquet.metadata, None
+        return parquet.metadata, parquet.read(columns=[columns.label], use_threads=False)[columns.label]
+
+    return _patiently(lambda: _in_file(url, read), url, url)
+
+
+def _in_file(url: str, read: Callable[[Any], T], metadata: Any = None) -> T:
+    """Opens a file for a moment: nothing stays open that a new process could inherit."""
+    import fsspec
+    import pyarrow.parquet as pq
+
+    files, path = fsspec.core.url_to_fs(url)
+    # A column of a row group is asked for as a whole (pre_buffer), and no more than it (cache_type).
+    with files.open(path, "rb", cache_type="none") as file:
+        return read(pq.ParquetFile(file, metadata=metadata, pre_buffer=True))
+
+
+def _patiently(read: Callable[[], T], url: str, what: str) -> T:
+    """Repeats a read that fails, after 1, 2, 4, ... seconds, if it goes over a network."""
+    import pyarrow as pa
+
+    end, wait = time.monotonic() + _PATIENCE, 1
+    while True:
+        try:
+            return read()
+        except UserError:
+            raise
+        except Exception as error:  # every file system has its own
+            hopeless = "://" not in url or isinstance(error, pa.ArrowInvalid | FileNotFoundError)
+            reason = " ".join(str(error).split())
+            if hopeless or time.monotonic() + wait > end:
+                advice = "check the file" if hopeless else "check the network, then start again: the run goes on"
+                raise UserError(f"{what} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
+            log.warning("%s cannot be read (%s: %s), again in %d s", what, type(error).__name__, reason, wait)
+        time.sleep(wait)
+        wait *= 2
