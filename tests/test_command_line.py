@@ -88,6 +88,7 @@ def test_normalize_gives_each_group_hydras_form():
     assert sweep[:2] == ["-m", "+model=atto,tiny"]
 
 
+SOURCES = "digits, folder, fractal, hf, imagefolder, table, webdataset"
 NAMES = ", ".join(sorted([*SIZES, "custom"]))
 
 
@@ -101,7 +102,7 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
         (["model=qqq"], f"model=qqq is not one of {NAMES}"),
         (
             ["+model=tiny", "data=foldr"],
-            "data=foldr is not one of digits, folder, imagefolder, table; did you mean folder?",
+            f"data=foldr is not one of {SOURCES}; did you mean folder?",
         ),
         (
             ["+model=tiny", "experiment=smok"],
@@ -153,7 +154,7 @@ def test_an_unknown_option_of_a_plain_group_is_refused(tmp_path):
 def test_help_lists_the_choices(tmp_path):
     result = pretrain(tmp_path, "--help")
     assert (result.code, result.err) == (0, "")
-    for line in ("data: digits, folder, imagefolder, table", "optim: adamw, finetune", "trainer: auto, cpu, ddp, gpu"):
+    for line in (f"data: {SOURCES}", "optim: adamw, finetune", "trainer: auto, cpu, ddp, gpu"):
         assert line in result.out.splitlines()
     assert f"{NAMES}" in result.out
     assert "base_lr: 0.004" in result.out

@@ -27,8 +27,10 @@ OPTIONS = sorted(
 # What a choice needs beside itself.
 NEEDS = {
     "data=folder": ["data.path=images"],
+    "data=hf": ["data.path=images"],
     "data=imagefolder": ["data.path=images"],
     "data=table": ["data.path=images", "data.table=labels.csv"],
+    "data=webdataset": ["data.path=images"],
     "experiment=fcmae": ["data.path=images"],
     "model=custom": ["model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]"],
 }
@@ -71,7 +73,8 @@ CASES = [(verb, option) for option in OPTIONS for verb in verbs(option)]
 def compose_option(option: str, verb: str) -> DictConfig:
     needs = NEEDS.get(option, [])
     if verb == "finetune":
-        needs = [*needs, "checkpoint=null", *([] if option == "data=digits" else ["data.path=images"])]
+        without_path = option in ("data=digits", "data=fractal")
+        needs = [*needs, "checkpoint=null", *([] if without_path else ["data.path=images"])]
     return compose(f"+{option}" if option.startswith("model=") else option, *needs, verb=verb)
 
 

@@ -1,0 +1,230 @@
+"""Files of other machines: fetched with patience, and kept in a cache of bounded size."""
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from filelock import FileLock
+
+from fcmae.errors import UserError
+from fcmae.files import user_cache
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_GONE = (401, 403, 404, 410)  # HTTP's answers that another try does not change
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_ABANDONED = 3600  # seconds without a byte, after which a half file is nobody's
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path is a URL, which fsspec may know."""
+    return "://" in url
+
+
+def default_cache() -> Path:
+    """Where remote shards are kept if nobody says.
+
+    Raises:
+        UserError: the user has no cache folder.
+    """
+    try:
+        return user_cache() / "shards"
+    except OSError as error:
+        raise UserError(f"there is no folder to keep shards in ({error}): name one, data.cache_dir=DIR") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteCache:
+    """Whole remote files in a folder that all processes of this machine may share.
+
+    Args:
+        folder: made when first needed.
+        gib: least recently used files are deleted as soon as all of them are larger than so many GiB. The newest is
+            always kept, and so is, on POSIX, what a process has open.
+        tries: how often a file is tried.
+        first_wait: seconds until the second try; doubled every time, and shortened or lengthened at random.
+    """
+
+    folder: Path
+    gib: float
+    tries: int = 7
+    first_wait: float = 1.0
+
+    def open(self, url: str, *, version: str, size: int | None, sha256: str | None) -> BinaryIO:
+        """The file, fetched unless it is there.
+
+        Args:
+            url: of the file.
+            version: changes when its content does.
+            size: in bytes, as its server or an index says; None if unknown.
+            sha256: of its content, in hexadecimal; None if unknown.
+
+        Raises:
+            UserError: it cannot be fetched, or what comes is something else.
+        """
+        digest = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
+        place = self.folder / f"shard-{digest}.tar"
+        part = place.with_name(f".{place.name}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f".{place.name}.lock"):
+                if place.exists() and size in (None, place.stat().st_size):
+                    os.utime(place)
+                    return place.open("rb")
+                self.insist(url, lambda: _download(url, part, size, sha256))
+                file = part.open("rb")  # before others can see it and, short of space, delete it
+                part.replace(place)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir={self.folder} cannot be used ({error.strerror or error}): free space there, or name "
+                "another folder"
+            ) from error
+        self._shrink(keep=place, room=self.gib * 2**30 - os.fstat(file.fileno()).st_size)
+        return file
+
+    def read(self, url: str) -> bytes | None:
+        """A small file, not cached; None if there is none.
+
+        Raises:
+            UserError: its server cannot be asked.
+        """
+
+        def attempt() -> bytes | None:
+            try:
+                system, path = _file_system(url)
+                content: bytes = system.cat_file(path)
+                return content
+            except Exception as error:
+                if _is_gone(error):
+                    return None
+                raise
+
+        return self.insist(url, attempt)
+
+    def ask(self, url: str) -> tuple[int | None, str]:
+        """(bytes, version) of a file, as its server says.
+
+        Raises:
+            UserError: there is none, or its server cannot be asked.
+        """
+
+        def attempt() -> dict[str, Any]:
+            system, path = _file_system(url)
+            info: dict[str, Any] = system.info(path)
+            return info
+
+        info = self.insist(url, attempt)
+        marks = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "size") if info.get(key)]
+        return info.get("size"), " ".join(marks)
+
+    def insist(self, url: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, tried again after each failure that may pass.
+
+        Raises:
+            UserError: every try failed, or no other can do better.
+        """
+        for number in range(1, self.tries + 1):
+            try:
+                return attempt()
+            except UserError:
+                raise
+            except Exception as error:  # each protocol has its own
+                reason = _real(url, error)
+                told = " ".join(f"{type(reason).__name__}: {reason}".split())
+                if isinstance(reason, OSError) and reason.errno in _FULL:
+                    raise UserError(f"data.cache_dir={self.folder} takes no more ({told}): free space there") from error
+                if _is_gone(reason):
+                    raise UserError(f"{url} cannot be had ({told}): check the address and your permissions") from error
+                if number == self.tries:
+                    raise UserError(
+                        f"{url} could not be fetched in {number} tries, at last {told}: type the same again when its "
+                        "server answers"
+                    ) from error
+                # Of the system: many processes that fail together must not come back together.
+                wait = self.first_wait * 2 ** (number - 1) * random.SystemRandom().uniform(0.5, 1.5)
+                log.warning("%s: try %d of %d failed (%s), the next in %.1f s", url, number, self.tries, told, wait)
+                time.sleep(wait)
+        raise AssertionError(f"tries={self.tries}")
+
+    def _shrink(self, keep: Path, room: float) -> None:
+        """Deletes what was not used for longest, and the half files of processes that were killed."""
+        for part in self.folder.glob(".shard-*.tar.part"):
+            if time.time() - _modified(part) > _ABANDONED:
+                part.unlink(missing_ok=True)
+        files = sorted((path for path in self.folder.glob("shard-*.tar") if path != keep), key=_modified)
+        for path in reversed(files):  # the newest first
+            try:
+                room -= path.stat().st_size
+                if room < 0:
+                    path.unlink()
+            except FileNotFoundError:  # another process was faster
+                continue
+            except PermissionError:  # Windows, while it is open
+                continue
+
+
+def _download(url: str, part: Path, size: int | None, sha256: str | None) -> None:
+    system, path = _file_system(url)
+    try:
+        system.get_file(path, str(part))
+        found = part.stat().st_size
+        if size not in (None, found):
+            raise ValueError(f"{found} bytes came, not {size}")
+        if sha256 is not None and _sha256(part) != sha256:
+            raise ValueError(f"its sha256 is not {sha256}, which the index says")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+
+        options: dict[str, Any] = {}
+        if url.startswith(("http://", "https://")):
+            import aiohttp
+
+            # By default a file that takes more than five minutes would fail, and proxies would be left out.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        system, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UserError(f"{url} needs pip install 'fcmae[remote]' ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{url} cannot be read ({error}): use a path, https:// or s3://") from error
+    return system, path
+
+
+def _real(url: str, error: Exception) -> BaseException:
+    """fsspec says that a file is not there whatever went wrong over HTTP; the cause knows better."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None and url.startswith("http"):
+        return error.__cause__
+    return error
+
+
+def _is_gone(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in _GONE
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # deleted by another process
+        return time.time()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""Images in WebDataset shards, local or remote, with labels or without."""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcmae.data.decoding import open_picture
+from fcmae.data.picture import Picture
+from fcmae.data.remote import RemoteCache, default_cache
+from fcmae.data.shard_index import Shard, file_name
+from fcmae.data.shard_list import ShardList, open_shard
+from fcmae.data.sharded import Places, ShardedDataModule
+from fcmae.data.tar_shard import TarShard
+from fcmae.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class WebDataset:
+    """The samples of some tar files, read by their place in them: in any order, as often as one likes.
+
+    Each process opens the shards it needs, and keeps a few of them open. Remote ones are fetched whole, into a cache.
+
+    Args:
+        path: shards to learn from, see `ShardList`.
+        val_path: shards to validate with; None if there are none of their own.
+        in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
+        cache: of remote shards.
+        most_open: shards that a process keeps open.
+
+    Raises:
+        UserError: no shard, one that is missing or twice there, an index that disagrees with its shards, or classes
+            that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Sequence[str],
+        val_path: str | Sequence[str] | None,
+        in_chans: int,
+        cache: RemoteCache,
+        most_open: int,
+    ) -> None:
+        train = ShardList(path, option="data.path", cache=cache)
+        held_out = ShardList(val_path, option="data.val_path", cache=cache) if val_path is not None else None
+        shards = [*train.shards, *(held_out.shards if held_out else [])]
+        self.shard_names = _names([shard.url for shard in shards])
+        self.shard_sizes = [shard.samples for shard in shards]
+        first = sum(shard.samples for shard in train.shards)
+        self.held_out: range | None = range(first, sum(self.shard_sizes)) if held_out else None
+        class_names = train.class_names or (held_out.class_names if held_out else [])
+        if held_out and held_out.class_names not in ([], class_names):
+            raise UserError(
+                f"data.val_path={val_path} names other classes than data.path={path}: pack both with the same labels"
+            )
+        self.labels = _labels(shards, self.shard_names)
+        self.class_names = _class_names(self.labels, class_names)
+        self._shards = [shard._replace(labels=None) for shard in shards]  # the workers need no second copy
+        self._places = Places(self.shard_sizes)
+        self._in_chans = in_chans
+        self._cache = cache
+        self._most_open = most_open
+        self._open: OrderedDict[int, TarShard] = OrderedDict()
+        self._opened_by = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def sample_id(self, index: int) -> str:
+        """`<shard>:<place in it, from 0>`."""
+        shard, place = self._places[index]
+        return f"{self.shard_names[shard]}:{place}"
+
+    def open(self, index: int) -> Picture:
+        """See `open_picture`.
+
+        Raises:
+            UserError: the shard cannot be read or fetched, or is not what its index says.
+            Exception: the picture is broken.
+        """
+        shard, place = self._places[index]
+        name, content = self._opened(shard).picture(place)
+        return open_picture(content, name=name, in_chans=self._in_chans)
+
+    def _opened(self, number: int) -> TarShard:
+        if self._opened_by != os.getpid():  # a fork shares the place in its files with its parent
+            self._open, self._opened_by = OrderedDict(), os.getpid()
+        tar = self._open.pop(number, None) or self._open_anew(self._shards[number])
+        self._open[number] = tar
+        if len(self._open) > self._most_open:
+            self._open.popitem(last=False)[1].close()
+        return tar
+
+    def _open_anew(self, shard: Shard) -> TarShard:
+        tar = TarShard(open_shard(shard, self._cache), name=shard.url)
+        if len(tar) != shard.samples:
+            tar.close()
+            raise UserError(
+                f"shard {shard.url} holds {len(tar)} samples, not {shard.samples} as its index says: fetch the shard "
+                "again, or delete the index"
+            )
+        return tar
+
+
+@dataclass(kw_only=True, eq=False)
+class WebDatasetDataModule(ShardedDataModule):
+    """Images in WebDataset shards.
+
+    Args:
+        path: a brace pattern (`DIR/train-{000000..000123}.tar`), a folder of *.tar, or a list of such; paths or URLs.
+        val_path: likewise, of the images to validate with; null to hold out the last ones of `path`.
+        cache_dir: folder for remote shards and for what counting found; null for the user's cache folder.
+        cache_gib: GiB that remote shards may take there.
+    """
+
+    path: str | Sequence[str]
+    val_path: str | Sequence[str] | None
+    cache_dir: str | None
+    cache_gib: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache_gib <= 0:
+            raise UserError(f"data.cache_gib={self.cache_gib} must be above 0")
+
+    def load_source(self) -> WebDataset:
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
+        return WebDataset(
+            path=self.path,
+            val_path=self.val_path,
+            in_chans=self.in_chans,
+            cache=RemoteCache(folder=folder, gib=self.cache_gib),
+            most_open=2 * self.mixed_shards,  # those mixed now, and those that other samples of a batch come from
+        )
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """The file names of the shards; where two are the same, their paths from the folder that holds all."""
+    if len(set(urls)) < len(urls):
+        twice = next(url for number, url in enumerate(urls) if url in urls[:number])
+        raise UserError(f"shard {twice} is named twice in data.path and data.val_path: name it once")
+    names = [file_name(url) for url in urls]
+    if len(set(names)) == len(names):
+        return names
+    parts = [url.split("/") for url in urls]
+    common = next(depth for depth, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1)
+    return ["/".join(part[common:]) for part in parts]
+
+
+def _labels(shards: Sequence[Shard], names: Sequence[str]) -> Tensor | None:
+    """(N,) int64; None unless every sample has a class."""
+    if not any(shard.labels for shard in shards):
+        return None
+    for shard, name in zip(shards, names, strict=True):
+        if shard.samples and (shard.labels is None or None in shard.labels):
+            place = shard.labels.index(None) if shard.labels is not None else 0
+            log.warning("the labels are left out: %s:%d has no .cls with a number from 0, others have", name, place)
+            return None
+    return torch.tensor([label for shard in shards for label in shard.labels or []])
+
+
+def _class_names(labels: Tensor | None, names: list[str]) -> list[str]:
+    if labels is None:
+        return []
+    classes = int(labels.max()) + 1
+    if names and classes > len(names):
+        raise UserError(
+            f"class {classes - 1} of a sample has no name, the shards name {len(names)} classes: complete "
+            "class_names.txt, or the index"
+        )
+    return names or [str(number) for number in range(classes)]

@@ -1,0 +1,367 @@
+"""Shards of other machines: servers that fail, lie and stall; a cache that is whole, bounded and shared."""
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socketserver
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_webdataset import data_module, index_beside, pixels, write_shard, write_shards
+
+from fcmae import UserError
+from fcmae.data.remote import RemoteCache
+from fcmae.data.shard_index import Shard, write_index
+from fcmae.data.webdataset import WebDataset
+
+
+class Server:
+    """A web server of a folder, which can be told to misbehave.
+
+    Attributes:
+        faults: by file name, what is to go wrong with the next GETs: 503, 403, cut (half of it, then nothing), short
+            (half of it, as if that were all) or stall (half of it, then silence).
+        gets: by file name, how often it was asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.gets: Counter[str] = Counter()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self._answer(head=True)
+
+            def do_GET(self) -> None:
+                self._answer(head=False)
+
+            def _answer(self, head: bool) -> None:
+                name = self.path.rpartition("/")[2]
+                path = folder / self.path.lstrip("/")
+                fault = ""
+                if not head:
+                    server.gets[name] += 1
+                    fault = server.faults[name].pop(0) if server.faults[name] else ""
+                if fault.isdigit() or not path.is_file():
+                    self.send_error(int(fault or 404))
+                    return
+                content = path.read_bytes()
+                half = content[: len(content) // 2]
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(half if fault == "short" else content)))
+                self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+                self.end_headers()
+                if head:
+                    return
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(half if fault else content)
+                    self.wfile.flush()
+                    if fault == "stall":
+                        time.sleep(20)
+                self.close_connection = True
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass
+
+            def server_bind(self) -> None:  # without asking a name server who we are
+                socketserver.TCPServer.server_bind(self)
+                self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "www").mkdir()
+    started = Server(tmp_path / "www")
+    thread = threading.Thread(target=started.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield started
+    started.http.shutdown()
+    started.http.server_close()
+
+
+def cache(tmp_path: Path, gib: float = 1, tries: int = 3) -> RemoteCache:
+    return RemoteCache(folder=tmp_path / "cache", gib=gib, tries=tries, first_wait=0.01)
+
+
+def source(path: str, kept: RemoteCache) -> WebDataset:
+    return WebDataset(path=path, val_path=None, in_chans=3, cache=kept, most_open=4)
+
+
+def pictures(images: WebDataset, indices: range) -> bool:
+    return all(np.array_equal(np.asarray(images.open(index).decode()), pixels(index)) for index in indices)
+
+
+def whole_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("shard-*.tar"))
+
+
+# -- HTTP --
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_shards_come_from_a_server_that_sometimes_fails(indexed, server, tmp_path, caplog):
+    write_shards(tmp_path / "www" / "in", 3)
+    if indexed:
+        index_beside(tmp_path / "www" / "in")
+        server.faults["index.json"] = ["503"]
+    server.faults |= {"x-000.tar": ["503", "cut"], "x-001.tar": ["cut"], "x-002.tar": ["short", "503"]}
+    with caplog.at_level(logging.WARNING):
+        images = source(f"{server.url}/in/x-{{000..002}}.tar", cache(tmp_path))
+        assert pictures(images, range(18))
+    assert images.labels.tolist() == [number % 3 for number in range(18)]
+    assert images.sample_id(7) == "x-001.tar:1"
+    tries = {name: server.gets[name] for name in server.faults if name.endswith("tar")}
+    assert tries == {"x-000.tar": 3, "x-001.tar": 2, "x-002.tar": 3}
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 5 + indexed
+    assert any("x-000.tar: try 1 of 3 failed (ClientResponseError: 503" in line for line in warned)
+    assert not list((tmp_path / "cache").glob(".*.part"))
+    assert pictures(source(f"{server.url}/in/x-{{000..002}}.tar", cache(tmp_path)), range(18))
+    assert tries == {name: server.gets[name] for name in tries}  # nothing was fetched again
+
+
+def test_a_folder_of_a_server_is_known_by_its_index(server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 2)
+    with pytest.raises(UserError, match=r"data.path=http.*/in holds no index.json, and folders of other machines are"):
+        source(f"{server.url}/in", cache(tmp_path))
+    index_beside(tmp_path / "www" / "in")
+    images = source(f"{server.url}/in/", cache(tmp_path))
+    assert images.shard_names == ["x-000.tar", "x-001.tar"]
+    assert not whole_files(tmp_path)  # the index suffices
+    assert pictures(images, range(12))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("503", "ClientResponseError: 503"),
+        ("cut", "ClientPayloadError: "),
+        ("short", r"ValueError: \d+ bytes came, not"),
+    ],
+)
+def test_after_some_tries_it_gives_up_in_one_line(fault, reason, server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in")
+    server.faults["x-000.tar"] = [fault] * 9
+    images = source(f"{server.url}/in", cache(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"{server.url}/in/x-000.tar could not be fetched in 3 tries, at last {reason}"
+    ) as e:
+        images.open(0)
+    assert "\n" not in str(e.value)
+    assert server.gets["x-000.tar"] == 3
+    assert not whole_files(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["403", "404"])
+def test_what_is_not_there_is_not_asked_for_again(status, server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in")
+    server.faults["x-000.tar"] = [status]
+    with pytest.raises(UserError, match=r"in/x-000.tar cannot be had \(.*\): check the address and your permissions"):
+        source(f"{server.url}/in", cache(tmp_path)).open(0)
+    assert server.gets["x-000.tar"] == 1
+    with pytest.raises(UserError, match=r"in/y.tar cannot be had"):
+        source(f"{server.url}/in/y.tar", cache(tmp_path))
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(UserError, match=r"index.json could not be fetched in 2 tries, at last Client\w+Error: "):
+        source("http://127.0.0.1:9/in/x.tar", cache(tmp_path, tries=2))
+    with pytest.raises(
+        UserError, match=r"xyz://host/index.json cannot be read \(Protocol not known: xyz.*\): use a path"
+    ):
+        source("xyz://host/x.tar", cache(tmp_path))
+
+
+def test_a_shard_that_changed_on_its_way_is_refused(server, tmp_path):
+    path = write_shards(tmp_path / "www" / "in", 1)[0]
+    index_beside(tmp_path / "www" / "in", sha256="0" * 64)
+    with pytest.raises(UserError, match=r"3 tries, at last ValueError: its sha256 is not 0000"):
+        source(f"{server.url}/in", cache(tmp_path)).open(0)
+    (tmp_path / "www" / "in" / "index.json").write_text(write_index([Shard(path.name, 6, 77)], []))
+    with pytest.raises(UserError, match=r"at last ValueError: \d+ bytes came, not 77"):
+        source(f"{server.url}/in", cache(tmp_path)).open(0)
+
+
+def test_a_shard_that_changed_on_its_server_is_fetched_again(server, tmp_path):
+    path = write_shard(tmp_path / "www" / "x.tar", range(3))
+    images = source(f"{server.url}/x.tar", cache(tmp_path))
+    assert pictures(images, range(3))
+    write_shard(path, range(5))
+    again = source(f"{server.url}/x.tar", cache(tmp_path))
+    assert len(again) == 5
+    assert pictures(again, range(5))
+
+
+def test_workers_fetch_each_shard_once(server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 4)
+    index_beside(tmp_path / "www" / "in")
+    data = data_module(tmp_path / "x", num_workers=2)
+    data.path = f"{server.url}/in"
+    names = [name for batch in data.train_dataloader() for name in batch.sample_ids]
+    assert len(set(names)) == len(names) == 18
+    assert {name: count for name, count in server.gets.items() if name.endswith("tar")} == {
+        f"x-{number:03d}.tar": 1 for number in range(4)
+    }
+
+
+def test_a_worker_tells_what_cannot_be_fetched(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcmae.data.remote.time.sleep", lambda seconds: None)
+    write_shards(tmp_path / "www" / "in", 2)
+    index_beside(tmp_path / "www" / "in")
+    server.faults |= {"x-000.tar": ["503"] * 99, "x-001.tar": ["503"] * 99}
+    data = data_module(tmp_path / "x", num_workers=1)
+    data.path = f"{server.url}/in"
+    with pytest.raises(UserError, match=r"x-00.\.tar could not be fetched in 7 tries"):
+        list(data.train_dataloader())
+    gc.collect()  # ends the worker here, not in the middle of another test
+
+
+# -- the cache --
+
+
+def test_a_kill_leaves_no_half_file(server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in")
+    server.faults["x-000.tar"] = ["stall"]
+    child = os.fork()
+    if not child:
+        source(f"{server.url}/in", cache(tmp_path)).open(0)
+        os._exit(0)
+    part = tmp_path / "cache"
+    end = time.monotonic() + 30
+    while not any(path.stat().st_size for path in part.glob(".*.part")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not whole_files(tmp_path)
+    assert pictures(source(f"{server.url}/in", cache(tmp_path)), range(6))
+    assert not list(part.glob(".*.part"))
+
+
+def test_what_was_left_behind_is_swept_up(server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    (tmp_path / "cache").mkdir()
+    old, young, foreign = (tmp_path / "cache" / name for name in (".shard-0.tar.part", ".shard-1.tar.part", "mine.tar"))
+    for path in (old, young, foreign):
+        path.write_bytes(b"x" * 1000)
+    os.utime(old, (0, 0))
+    source(f"{server.url}/in/x-000.tar", cache(tmp_path, gib=1e-9))
+    assert [path.exists() for path in (old, young, foreign)] == [False, True, True]
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_used(server, tmp_path):
+    paths = write_shards(tmp_path / "www" / "in", 5)
+    index_beside(tmp_path / "www" / "in")
+    size = paths[0].stat().st_size
+    assert {path.stat().st_size for path in paths} == {size}
+    kept = cache(tmp_path, gib=3.5 * size / 2**30)
+    urls = [f"{server.url}/in/{path.name}" for path in paths]
+    files = []
+    for number in (0, 1, 2, 0, 3, 4):
+        files.append(kept.open(urls[number], version="", size=size, sha256=None))
+        time.sleep(0.02)  # clocks of file systems are coarse
+        assert len(whole_files(tmp_path)) <= 3
+    for file, number in zip(files, (0, 1, 2, 0, 3, 4), strict=True):  # what is open stays
+        with file:
+            assert file.read() == paths[number].read_bytes()
+    before = server.gets.copy()
+    for number in (0, 3, 4):
+        kept.open(urls[number], version="", size=size, sha256=None).close()
+    assert server.gets == before
+    kept.open(urls[1], version="", size=size, sha256=None).close()
+    assert server.gets["x-001.tar"] == 2
+    tiny = cache(tmp_path, gib=1e-9)
+    tiny.open(urls[2], version="", size=size, sha256=None).close()
+    assert len(whole_files(tmp_path)) == 1  # the newest, though it is too large
+
+
+def test_threads_share_a_fetch(server, tmp_path):
+    path = write_shards(tmp_path / "www" / "in", 1)[0]
+    found = []
+
+    def fetch() -> None:
+        with cache(tmp_path).open(f"{server.url}/in/{path.name}", version="", size=None, sha256=None) as file:
+            found.append(file.read())
+
+    threads = [threading.Thread(target=fetch) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [path.read_bytes()] * 6
+    assert server.gets[path.name] == 1
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path):
+    path = write_shards(tmp_path / "www" / "in", 1)[0]
+    (tmp_path / "file").write_text("")
+    kept = RemoteCache(folder=tmp_path / "file" / "cache", gib=1)
+    with pytest.raises(UserError, match=r"data.cache_dir=.*file/cache cannot be used \(Not a directory\): free space"):
+        kept.open(f"{server.url}/in/{path.name}", version="", size=None, sha256=None)
+
+
+# -- S3 --
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a server of this machine."""
+    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed: pip install 'moto[server]'")
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'fcmae[remote]'")
+    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    running.stop()
+
+
+def test_shards_come_from_s3(s3, tmp_path):
+    import boto3
+
+    paths = write_shards(tmp_path / "in", 3)
+    client = boto3.client("s3")
+    for path in paths:
+        client.upload_file(str(path), "bucket", f"in/{path.name}")
+    pattern = f"{s3}/in/x-{{000..002}}.tar"
+    assert pictures(source(pattern, cache(tmp_path)), range(18))  # counted
+    index_beside(tmp_path / "in")
+    client.upload_file(str(tmp_path / "in" / "index.json"), "bucket", "in/index.json")
+    data = data_module(tmp_path / "x", num_workers=2)
+    data.path = f"{s3}/in"
+    assert data.class_names == ["a", "b", "c"]
+    names = [name for batch in data.train_dataloader() for name in batch.sample_ids]
+    assert len(set(names)) == len(names) == 15 // 3 * 3
+    with pytest.raises(UserError, match=r"s3://bucket/in/y.tar cannot be had \(FileNotFoundError"):
+        source(f"{s3}/in/y.tar", cache(tmp_path))
