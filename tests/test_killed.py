@@ -6,12 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from micro import write_images
+from micro import command, write_images
 from recorded import Recorder, Seen, seen
+from test_remote import Server
 
 from fcmae import launch
 from fcmae.pretrain import pretrain
@@ -90,6 +92,45 @@ def test_a_killed_run_on_a_folder_goes_on_exactly(tmp_path: Path, images: Path) 
     every = epochs(record, steps=4)
     assert all(names == every[0] and len(set(names)) == 32 for names in every)
     assert len({tuple(reference[step, 0]) for step in (0, 4, 8)}) == 3  # each epoch has its order
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Seven shards to learn from, one to validate with, packed from the images by the verb itself."""
+    out = tmp_path_factory.mktemp("www") / "shards"
+    done = command(
+        *("shard", out.parent, "data=folder", f"data.path={images}", f"out={out}", "data.val_images=8"),
+        *("shard_size=5", "num_workers=0", "short_side=null", "data.image_size=64"),
+    )
+    assert done.code == 0, done
+    return out
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_shards_goes_on_exactly_from_a_disk_and_from_a_server(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(place: str | Path) -> list[str]:
+        paths = [f"data.path={place}/train", f"data.val_path={place}/val"]
+        return [*ONE, "data=webdataset", *paths, f"data.cache_dir={tmp_path / 'cache'}", "data.mixed_shards=3"]
+
+    reference = here(tmp_path / "reference", *options(shards))
+    every = epochs(reference, steps=4)
+    assert all(names == every[0] and len(set(names)) == 32 for names in every)
+    assert len({tuple(reference[step, 0]) for step in (0, 4, 8)}) == 3
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server(shards)
+    threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server.faults["train-000003.tar"] = ["503", "cut"]
+    for name, place in (("disk", shards), ("server", server.url)):
+        kill_at = random.Random(os.urandom(8)).randrange(8, 20)
+        print(f"{name}: killed at the batch", kill_at)
+        there(tmp_path / name, *options(place), kill_at=kill_at)
+        assert here(tmp_path / name, *options(place)) == reference
+        assert same_weights(tmp_path / name, tmp_path / "reference")
+    assert server.gets["train-000003.tar"] == 3
+    assert all(count == 1 for name, count in server.gets.items() if name.endswith(".tar") and "3" not in name)
+    server.http.shutdown()
 
 
 @pytest.mark.slow
