@@ -178,10 +178,10 @@ def test_what_is_not_there_is_not_asked_for_again(status, server, tmp_path):
     write_shards(tmp_path / "www" / "in", 1)
     index_beside(tmp_path / "www" / "in")
     server.faults["x-000.tar"] = [status]
-    with pytest.raises(UserError, match=r"in/x-000.tar cannot be had \(.*\): check the address and your permissions"):
+    with pytest.raises(UserError, match=r"in/x-000.tar cannot be read \(.*\): check the address, the file, permissions"):
         source(f"{server.url}/in", cache(tmp_path)).open(0)
     assert server.gets["x-000.tar"] == 1
-    with pytest.raises(UserError, match=r"in/y.tar cannot be had"):
+    with pytest.raises(UserError, match=r"in/y.tar cannot be read"):
         source(f"{server.url}/in/y.tar", cache(tmp_path))
 
 
@@ -228,7 +228,7 @@ def test_workers_fetch_each_shard_once(server, tmp_path):
 
 
 def test_a_worker_tells_what_cannot_be_fetched(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcmae.data.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fcmae.data.patience.time.sleep", lambda seconds: None)
     write_shards(tmp_path / "www" / "in", 2)
     index_beside(tmp_path / "www" / "in")
     server.faults |= {"x-000.tar": ["503"] * 99, "x-001.tar": ["503"] * 99}
@@ -363,5 +363,5 @@ def test_shards_come_from_s3(s3, tmp_path):
     assert data.class_names == ["a", "b", "c"]
     names = [name for batch in data.train_dataloader() for name in batch.sample_ids]
     assert len(set(names)) == len(names) == 15 // 3 * 3
-    with pytest.raises(UserError, match=r"s3://bucket/in/y.tar cannot be had \(FileNotFoundError"):
+    with pytest.raises(UserError, match=r"s3://bucket/in/y.tar cannot be read \(FileNotFoundError"):
         source(f"{s3}/in/y.tar", cache(tmp_path))

@@ -1,8 +1,6 @@
 """Images in Parquet files, on this machine or anywhere, which are read row group by row group."""
 
-import logging
 import posixpath
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from fcmae.data.hf_columns import Columns, encode_labels, stored_picture
+from fcmae.data.patience import insist
 from fcmae.data.picture import Picture
 from fcmae.data.sharded import Places
 from fcmae.errors import UserError
 
-log = logging.getLogger(__name__)
-_PATIENCE = 64  # seconds that a server may be silent
 _FILES_AT_ONCE = 16
 T = TypeVar("T")
 
@@ -160,21 +157,7 @@ def _in_file(url: str, read: Callable[[Any], T], metadata: Any = None) -> T:
 
 
 def _patiently(read: Callable[[], T], url: str, what: str) -> T:
-    """Repeats a read that fails, after 1, 2, 4, ... seconds, if it goes over a network."""
+    """Repeats a read that fails, if it goes over a network."""
     import pyarrow as pa
 
-    end, wait = time.monotonic() + _PATIENCE, 1
-    while True:
-        try:
-            return read()
-        except UserError:
-            raise
-        except Exception as error:  # every file system has its own
-            hopeless = "://" not in url or isinstance(error, pa.ArrowInvalid | FileNotFoundError)
-            reason = " ".join(str(error).split())
-            if hopeless or time.monotonic() + wait > end:
-                advice = "check the file" if hopeless else "check the network, then start again: the run goes on"
-                raise UserError(f"{what} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
-            log.warning("%s cannot be read (%s: %s), again in %d s", what, type(error).__name__, reason, wait)
-        time.sleep(wait)
-        wait *= 2
+    return insist(what, read, hopeless=(pa.ArrowInvalid,) if "://" in url else (Exception,))

@@ -1,10 +1,7 @@
 """Files of other machines: fetched with patience, and kept in a cache of bounded size."""
 
-import errno
 import hashlib
-import logging
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +10,12 @@ from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock
 
+from fcmae.data.patience import FIRST_WAIT, TRIES, insist, is_gone
 from fcmae.errors import UserError
 from fcmae.files import user_cache
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_GONE = (401, 403, 404, 410)  # HTTP's answers that another try does not change
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _ABANDONED = 3600  # seconds without a byte, after which a half file is nobody's
 
 
@@ -49,14 +44,14 @@ class RemoteCache:
         folder: made when first needed.
         gib: least recently used files are deleted as soon as all of them are larger than so many GiB. The newest is
             always kept, and so is, on POSIX, what a process has open.
-        tries: how often a file is tried.
-        first_wait: seconds until the second try; doubled every time, and shortened or lengthened at random.
+        tries: see `insist`.
+        first_wait: see `insist`.
     """
 
     folder: Path
     gib: float
-    tries: int = 7
-    first_wait: float = 1.0
+    tries: int = TRIES
+    first_wait: float = FIRST_WAIT
 
     def open(self, url: str, *, version: str, size: int | None, sha256: str | None) -> BinaryIO:
         """The file, fetched unless it is there.
@@ -103,7 +98,7 @@ class RemoteCache:
                 content: bytes = system.cat_file(path)
                 return content
             except Exception as error:
-                if _is_gone(error):
+                if is_gone(error):
                     return None
                 raise
 
@@ -126,33 +121,8 @@ class RemoteCache:
         return info.get("size"), " ".join(marks)
 
     def insist(self, url: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, tried again after each failure that may pass.
-
-        Raises:
-            UserError: every try failed, or no other can do better.
-        """
-        for number in range(1, self.tries + 1):
-            try:
-                return attempt()
-            except UserError:
-                raise
-            except Exception as error:  # each protocol has its own
-                reason = _real(url, error)
-                told = " ".join(f"{type(reason).__name__}: {reason}".split())
-                if isinstance(reason, OSError) and reason.errno in _FULL:
-                    raise UserError(f"data.cache_dir={self.folder} takes no more ({told}): free space there") from error
-                if _is_gone(reason):
-                    raise UserError(f"{url} cannot be had ({told}): check the address and your permissions") from error
-                if number == self.tries:
-                    raise UserError(
-                        f"{url} could not be fetched in {number} tries, at last {told}: type the same again when its "
-                        "server answers"
-                    ) from error
-                # Of the system: many processes that fail together must not come back together.
-                wait = self.first_wait * 2 ** (number - 1) * random.SystemRandom().uniform(0.5, 1.5)
-                log.warning("%s: try %d of %d failed (%s), the next in %.1f s", url, number, self.tries, told, wait)
-                time.sleep(wait)
-        raise AssertionError(f"tries={self.tries}")
+        """See `fcmae.data.patience.insist`."""
+        return insist(url, attempt, tries=self.tries, first_wait=self.first_wait)
 
     def _shrink(self, keep: Path, room: float) -> None:
         """Deletes what was not used for longest, and the half files of processes that were killed."""
@@ -202,17 +172,6 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UserError(f"{url} cannot be read ({error}): use a path, https:// or s3://") from error
     return system, path
-
-
-def _real(url: str, error: Exception) -> BaseException:
-    """fsspec says that a file is not there whatever went wrong over HTTP; the cause knows better."""
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None and url.startswith("http"):
-        return error.__cause__
-    return error
-
-
-def _is_gone(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in _GONE
 
 
 def _modified(path: Path) -> float:
