@@ -228,7 +228,7 @@ def _features(
         "weights": weights_digest(trained.net),
         "data": data.fingerprint(),
         "files": _files_digest(data, indices),
-        "indices": indices,
+        "indices": list(indices),
         "preparation": asdict(trained.preparation),
         "stages": stages,
         "precision": str(config.precision),

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -112,8 +113,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def hold_out(self, count: int, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
         """So many of all images at random, always the same ones."""
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-        return sorted(order[held_out:]), sorted(order[:held_out])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED))
+        return compact(order[held_out:].sort().values), compact(order[:held_out].sort().values)
 
     def fingerprint(self) -> str:
         """Changes when images come, go or are renamed."""
@@ -121,8 +122,10 @@ class ImageDataModule(L.LightningDataModule):
 
     def names_digest(self) -> str:
         """A hash of the images' names."""
-        names = "\n".join(self.source.sample_id(index) for index in range(len(self.source)))
-        return hashlib.sha256(names.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for index in range(len(self.source)):
+            digest.update(f"{self.source.sample_id(index)}\n".encode())
+        return digest.hexdigest()
 
     def check_enough(self, effective_batch: int, *, world_size: int, asked_for: bool) -> None:
         """Refuses an effective batch that is larger than the training set, and ranks without an image to validate.
@@ -244,6 +247,11 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.timeout={self.timeout} must be a number of seconds, or 0 for no end")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"data.max_broken={self.max_broken} must be a share in [0, 1]")
+
+
+def compact(indices: Tensor) -> Sequence[int]:
+    """(N,) int64 as numbers that worker processes share: a list's are copied into each, reference count by count."""
+    return array("q", indices.numpy().tobytes())
 
 
 def _whole_steps(trainer: L.Trainer) -> int | None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fcmae.data.datamodule import ImageDataModule
+from fcmae.data.datamodule import ImageDataModule, compact
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.randomness import mix_seed
 from fcmae.data.source import LabelledSource
@@ -139,7 +139,9 @@ class LabelledDataModule(ImageDataModule):
         held_out = self.labelled.held_out or []
         if isinstance(held_out, range) and held_out.stop == len(self.source):
             return range(held_out.start), held_out
-        return sorted(set(range(len(self.source))) - set(held_out)), held_out
+        learned_from = torch.ones(len(self.source), dtype=torch.bool)
+        learned_from[torch.as_tensor(held_out, dtype=torch.int64)] = False
+        return compact(learned_from.nonzero()[:, 0]), held_out
 
     def _chosen(self, train: Sequence[int]) -> Sequence[int]:
         """The few labels: drawn from each class by the seed."""
