@@ -1,4 +1,4 @@
-"""How fast is a pre-training step, how much memory does it need, and does the loader keep up?
+"""How fast is a pre-training step, how much memory does it need, does the loader keep up, what does a picture cost?
 
 python -m fcmae.bench +model=tiny batch_size=8 precision=32 device=cpu threads=1 repeats=9 json=out.json
 """
@@ -17,6 +17,7 @@ from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.doctor import Finding, choose_engines
 from fcmae.benchmark.out_of_memory import within_memory
 from fcmae.benchmark.outputs import check_outputs, write_outputs
+from fcmae.benchmark.pictures import picture_tables, run_pictures
 from fcmae.benchmark.report import Report, describe
 from fcmae.benchmark.run import describe_patches, run_loader, run_steps, run_training
 from fcmae.benchmark.tables import headline, tables
@@ -38,7 +39,7 @@ def bench(config: DictConfig) -> None:
     console = Console()
     console = console if console.width >= 120 else Console(width=120)  # a log file says 80, and cuts the tables
     conditions = _check(config)
-    findings = [] if config.engines is None or config.what == "loader" else _examine(config, conditions)
+    findings = [] if config.engines is None or config.what in ("loader", "pictures") else _examine(config, conditions)
     for finding in findings:
         if finding.reason is not None:
             console.print(
@@ -51,7 +52,7 @@ def bench(config: DictConfig) -> None:
 
     report = within_memory(run, conditions.batch_size, halve=config.halve, say=console.print)
     console.print(headline(report), highlight=False, markup=False)
-    for table in tables(report):
+    for table in (*tables(report), *picture_tables(report)):
         console.print(table)
     for name in write_outputs(report, json=config.json, plot=config.plot):
         console.print(f"written: {name}", highlight=False, markup=False)
@@ -80,6 +81,8 @@ def _run(config: DictConfig, conditions: Conditions, findings: Sequence[Finding]
     if config.what == "step":
         baselines = check_baselines(_plain(config.baselines))
         return report | run_steps(build, conditions, baselines=baselines, engines=engines, progress=advance)
+    if config.what == "pictures":
+        return report | run_pictures(conditions, advance)
     data: ImageDataModule = launch.build(config.data, batch_size=conditions.batch_size)
     if config.what == "loader":
         return report | run_loader(data, conditions, advance)
@@ -88,11 +91,11 @@ def _run(config: DictConfig, conditions: Conditions, findings: Sequence[Finding]
 
 def _check(config: DictConfig) -> Conditions:
     """Everything that can be checked before something is built."""
-    check_choice(config, "what", ("step", "loader", "training"))
+    check_choice(config, "what", ("step", "loader", "training", "pictures"))
     check_choice(config, "halve", (True, False))
     check_outputs(json=config.json, plot=config.plot, what=config.what)
     check_baselines(_plain(config.baselines))
-    if config.what != "step":
+    if config.what in ("loader", "training"):
         _check_data(config)
     sides = [config.model.image_size] * 2 if isinstance(config.model.image_size, int) else config.model.image_size
     if len(sides) != 2:

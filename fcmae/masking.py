@@ -154,7 +154,7 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
     z = seeds[:, None] + place * _signed(0x9E3779B97F4A7C15)  # (B, count); int64 wraps around
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shifted(z ^ _shifted(z, 31), 40).to(torch.float32) / 2**24
+    return _shifted(z, 40).to(torch.float32) / 2**24  # SplitMix64's last step changes lower bits only
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

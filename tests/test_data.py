@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro import write_images
 from PIL import Image
+from scipy import stats
 from sklearn.datasets import load_digits
+from torchvision.transforms import RandomResizedCrop
 
 from fcmae import UserError
 from fcmae.data.dataset import ImageDataset
@@ -20,7 +22,7 @@ from fcmae.data.folder import Folder, FolderDataModule
 from fcmae.data.picture import Decoded, as_shares, to_tensor
 from fcmae.data.randomness import mix_seed
 from fcmae.data.sampler import EpochSampler
-from fcmae.data.transforms import Crop
+from fcmae.data.transforms import Crop, RandomCrop, _draw_box
 
 CROP = Crop(crop_scale=[0.2, 1.0], flip=True)
 OPTIONS: dict[str, Any] = {
@@ -292,6 +294,54 @@ def test_transforms_give_the_size_in_uint8(size, picture):
         assert tensor.shape == (3, *size)
         assert tensor.flatten(1).float().std(1).max() == 0
         assert tensor[:, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 160), (96, 32)])
+@pytest.mark.parametrize("picture", [(300, 200), (120, 400), (50, 50)])
+def test_crops_are_drawn_as_torchvision_draws_them(size, picture):
+    """The same distribution of place, area and aspect; seen in a picture that says where each pixel is from."""
+    height, width = picture
+    aspect = size[1] / size[0]
+    theirs = [
+        RandomResizedCrop.get_params(torch.empty(1, height, width), [0.2, 1.0], [3 / 4 * aspect, 4 / 3 * aspect])
+        for _ in range(1500)
+    ]
+    mine = [_draw_box(height, width, [0.2, 1.0], aspect, torch.rand(40).tolist()) for _ in range(1500)]
+    assert all(t >= 0 and t + h <= height and x >= 0 and x + w <= width for t, x, h, w in mine)
+    for column in (*zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True),):
+        assert stats.ks_2samp(*column).pvalue > 1e-4
+    ratios = [[box[3] / box[2] for box in boxes] for boxes in (mine, theirs)]
+    assert stats.ks_2samp(*ratios).pvalue > 1e-4
+
+
+def test_no_more_is_left_out_of_a_picture_than_its_crop_can_spare():
+    """What is asked of the decoder leaves the crop at least as large as the result, each way."""
+
+    class Asked:
+        size = (600, 900)
+
+        def decode(self, at_least):
+            self.at_least = at_least
+            return torch.zeros(3, *self.size, dtype=torch.uint8)
+
+    for seed in range(50):
+        for size in ((64, 64), (32, 96), (224, 160)):
+            picture = Asked()
+            torch.manual_seed(seed)
+            RandomCrop(size, [0.2, 1.0], flip=False)(picture)
+            torch.manual_seed(seed)
+            _, *numbers = torch.rand(41).tolist()
+            _, _, tall, wide = _draw_box(600, 900, [0.2, 1.0], size[1] / size[0], numbers)
+            assert picture.at_least[0] * tall / 600 >= size[0]
+            assert picture.at_least[1] * wide / 900 >= size[1]
+            assert (picture.at_least[0] - 1) * tall / 600 < size[0]  # and no more is asked
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_tensors_are_validated_with_their_centre_too(kind):
+    pixels = torch.zeros(13, 60, 180, dtype=kind)
+    pixels[:, :, 60:120] = 7
+    assert torch.equal(CROP.evaluate((60, 60))(Decoded(pixels)), torch.full((13, 60, 60), 7, dtype=kind))
 
 
 def test_the_eval_transform_takes_the_centre_every_time():

@@ -90,7 +90,7 @@ def test_random_numbers_are_splitmix64s():
     assert reference(1234567, 3) == [
         value / 2**24 for value in (6457827717110365317 >> 40, 3203168211198807973 >> 40, 9817491932198370423 >> 40)
     ]
-    seeds = [0, 1, 1234567, 2**63 - 1, 2**40 + 7]
+    seeds = [0, 1, 1234567, 2**63 - 1, 2**40 + 7]  # so that each of the mixing steps shows
     assert uniform(torch.tensor(seeds), 50).tolist() == [reference(seed, 50) for seed in seeds]
 
 

@@ -16,6 +16,7 @@ from test_data import OPTIONS, folder_data
 from fcmae import UserError
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.randomness import mix_seed
 from fcmae.data.sampler import EpochSampler, Order, ShardOrder
 from fcmae.data.sharded import Places, ShardedDataModule
 from fcmae.data.watch import WatchedLoader
@@ -149,6 +150,35 @@ def test_repeats_fill_a_batch_with_crops_of_fewer_pictures(tmp_path):
     assert all(len(set(batch.seeds.tolist())) == 6 for batch in found)
     with pytest.raises(UserError, match=r"data.batch_size=5 is no multiple of data.repeats=3: use 3"):
         folder_data(tmp_path, batch_size=5, repeats=3)
+
+
+def test_an_image_keeps_its_crop_when_others_are_held_out(tmp_path):
+    """Its seed follows from its number in the source, not from its place among those to learn from."""
+    write_images(tmp_path, 20)
+    seen = []
+    for val_images in (1, 4):
+        data = folder_data(tmp_path, val_images=val_images)
+        indices, _ = data.split()
+        dataset = data.dataset(indices, train=True)
+        seen.append({sample.sample_id: sample for place in range(len(indices)) for sample in dataset[3, place]})
+    shared = seen[0].keys() & seen[1].keys()
+    assert len(shared) == 16
+    assert all(seen[0][name].seed == seen[1][name].seed for name in shared)
+    assert all(torch.equal(seen[0][name].image, seen[1][name].image) for name in shared)
+
+
+def test_a_broken_image_is_reported_once_whatever_the_repeats(tmp_path):
+    write_images(tmp_path, 3)
+    (tmp_path / "001.png").write_bytes(b"")
+    dataset = folder_data(tmp_path, batch_size=4, repeats=4).dataset([0, 1, 2], train=True)
+    assert [name for sample in dataset[0, 1] for name, _ in sample.broken] == ["001.png"]
+    assert len(dataset[0, 1]) == 4
+
+
+def test_seeds_are_told_apart_by_purpose_number_and_length():
+    seeds = [("a",), ("a", 0), ("a", 0, 0), ("a", 1), ("a", 1, 0), ("a", 2**32), ("a", 0, 1), ("b", 1), ("a 1",)]
+    assert len({mix_seed(*seed) for seed in seeds}) == len(seeds)
+    assert mix_seed("a", 1) == 12444202034427101082
 
 
 def test_too_short_an_epoch_is_refused(tmp_path):

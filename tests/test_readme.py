@@ -34,12 +34,13 @@ SHORTER = {
         "optim.warmup_epochs=0",
     ],
     "fcmae.bench": ["model.image_size=64", "batch_size=1", "repeats=1", "warmup=0", "precision=32"],
+    "fcmae.shard": ["num_workers=0"],
     "fcmae.finetune": ["epochs=1", "data.batch_size=4", "data.num_workers=0", "optim.warmup_epochs=0"],
     "fcmae.evaluate": ["num_workers=0", "device=cpu"],
     "fcmae.predict": ["num_workers=0", "device=cpu"],
     "fcmae.embed": ["num_workers=0", "device=cpu"],
 }
-ALONE = [command for command in COMMANDS if command[2] in ("fcmae.pretrain", "fcmae.bench")]
+ALONE = [command for command in COMMANDS if command[2] in ("fcmae.pretrain", "fcmae.shard", "fcmae.bench")]
 AFTER = [command for command in COMMANDS if command not in ALONE]  # each uses what those before it have made
 
 

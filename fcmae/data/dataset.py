@@ -98,7 +98,7 @@ class ImageDataset(Dataset[list[Sample]]):
             drawn = draw if self.repeats == 1 else (*draw, repeat)
             seed = mix_seed(f"image {sample_id}") if self.seed is None else mix_seed("image", self.seed, *drawn)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every device that there might be
                 image = self.transform(picture)
             samples.append(Sample(image, sample_id, seed >> 1, [] if repeat else broken, self._label(index)))
         return samples

@@ -60,18 +60,20 @@ class Normalization:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = mean
         self.std = std
+        self.eight_bits = True  # whether the latest images had 8 bits per channel
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (x - mean) / std, float32, in channels-last memory; x / 255 for uint8 images."""
-        whole = 255 if images.dtype == torch.uint8 else 1
-        images = images.to(torch.float32, memory_format=torch.channels_last)
+        self.eight_bits = images.dtype == torch.uint8
+        whole = 255 if self.eight_bits else 1
+        images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         device = images.device
         if device not in self._on:  # copied to the device once: every copy makes a GPU wait
             mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
             self._on[device] = mean, std
         mean, std = self._on[device]
-        return (images / whole - mean) / std
+        return images.div_(whole).sub_(mean).div_(std)
 
 
 def usable_cores() -> int:

@@ -51,6 +51,12 @@ class Decoded:
         """The pixels."""
         return self.pixels
 
+    def crop(self, top: int, left: int, bottom: int, right: int) -> Tensor:
+        """(C, bottom - top, right - left): a part of it."""
+        if isinstance(self.pixels, Tensor):
+            return self.pixels[:, top:bottom, left:right]
+        return to_tensor(self.pixels.crop((left, top, right, bottom)))
+
 
 class PictureError(Exception):
     """A picture whose file cannot be decoded; says why."""

@@ -1,8 +1,8 @@
 """Random numbers that follow from what they are for: neither a worker's state nor a restart changes them."""
 
 import contextlib
+import hashlib
 import random
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 
 def mix_seed(purpose: str, *numbers: int) -> int:
     """One well mixed 64-bit seed from what it is for and several small numbers, the same on every machine."""
-    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1, np.uint64)[0])
+    meant = repr((purpose, *map(int, numbers)))
+    return int.from_bytes(hashlib.blake2b(meant.encode(), digest_size=8).digest(), "little")
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fcmae.data.picture import Picture, to_tensor
+from fcmae.data.picture import Decoded, Picture, to_tensor
 from fcmae.errors import UserError
+
+_TRIES = 10  # to find a box that fits into the picture
 
 Transform = Callable[[Picture], Tensor]
 """Picture -> (C, height, width), uint8 or float32 as its pixels are."""
@@ -77,23 +79,44 @@ class RandomCrop:
     def __call__(self, picture: Picture) -> Tensor:
         """Picture -> (C, height, width)."""
         height, width = picture.size
-        aspect = self.size[1] / self.size[0]
-        shape = torch.empty(1, height, width, device="meta")
-        box = RandomResizedCrop.get_params(shape, self.crop_scale, [3 / 4 * aspect, 4 / 3 * aspect])
-        mirrored = self.flip and bool(torch.rand(()) < 0.5)
+        coin, *numbers = torch.rand(1 + 4 * _TRIES).tolist()
+        box = _draw_box(height, width, self.crop_scale, self.size[1] / self.size[0], numbers)
+        mirrored = self.flip and coin < 0.5
         enough = math.ceil(height * self.size[0] / box[2]), math.ceil(width * self.size[1] / box[3])
-        pixels = to_tensor(picture.decode(enough))
-        top, left, bottom, right = _scaled(box, height, width, pixels)
-        cropped = F.resize(
-            pixels[:, top:bottom, left:right], list(self.size), InterpolationMode.BICUBIC, antialias=True
-        )
+        decoded = Decoded(picture.decode(enough))
+        part = decoded.crop(*_scaled(box, height, width, decoded.size))
+        cropped = F.resize(part, list(self.size), InterpolationMode.BICUBIC, antialias=True)
         return cropped.flip(2) if mirrored else cropped
 
 
-def _scaled(box: Sequence[int], height: int, width: int, pixels: Tensor) -> tuple[int, int, int, int]:
+def _draw_box(
+    height: int, width: int, scale: Sequence[float], aspect: float, numbers: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop, as torchvision's RandomResizedCrop draws it, with a tenth of the overhead.
+
+    Args:
+        height: of the picture.
+        width: of the picture.
+        scale: least and largest share of its area.
+        aspect: of width to height; the crop's is within a third of it, evenly on a logarithmic scale.
+        numbers: 4 for each try, random in [0, 1).
+    """
+    for place in range(0, len(numbers), 4):
+        share, stretch, down, across = numbers[place : place + 4]
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        ratio = aspect * 3 / 4 * (16 / 9) ** stretch
+        tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            return int(down * (height - tall + 1)), int(across * (width - wide + 1)), tall, wide
+    tall = min(height, max(1, round(width / (aspect * 3 / 4))))  # the largest in the middle
+    wide = min(width, max(1, round(height * aspect * 4 / 3)))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _scaled(box: Sequence[int], height: int, width: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) in pixels of a picture that was decoded smaller, of a box in it at its whole size."""
     top, left, tall, wide = box
-    down, across = pixels.shape[1] / height, pixels.shape[2] / width
+    down, across = size[0] / height, size[1] / width
     bottom, right = round((top + tall) * down), round((left + wide) * across)
     return min(round(top * down), bottom - 1), min(round(left * across), right - 1), bottom, right
 
