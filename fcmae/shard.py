@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 from fcmae.config_check import check_whole
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.labelled import LabelledDataModule
-from fcmae.data.shard_folder import ShardFolder
+from fcmae.data.shard_folder import ShardFolder, make_folder
 from fcmae.data.shard_writer import ShardWriter, plan
 from fcmae.errors import UserError
-from fcmae.launch import build, run
+from fcmae.launch import build, config_folder, run
 from fcmae.run_inference import progress_bar
 
 _PATHS = {"data.path": "train", "data.val_path": "val"}
@@ -30,14 +31,15 @@ def shard(config: DictConfig) -> None:
     """
     _check(config)
     out = Path(config.out).expanduser()
-    data: ImageDataModule = build(config.data)
+    unused = [0.5] * config.data.in_chans  # pictures are packed as they are, not normalised
+    data: ImageDataModule = build(config.data, mean=unused, std=unused)
     parts = dict(zip(("train", "val"), data.split(), strict=True))
     labels, class_names = _labels(data)
     jobs = [job for part, indices in parts.items() for job in plan(part, indices, config.shard_size, config.seed)]
     with ShardFolder.locked(out):
         folder = ShardFolder(out, _parameters(config, data))
         for part in parts:
-            (out / part).mkdir(exist_ok=True)
+            make_folder(out / part)
         writer = ShardWriter(
             source=data.source,
             labels=labels,
@@ -49,7 +51,7 @@ def shard(config: DictConfig) -> None:
         _write(writer, folder, config.num_workers, most_broken=max(1, data.max_broken * sum(map(len, parts.values()))))
         for part in parts:
             folder.finish(part, class_names)
-    _say_done(folder, data)
+    _say_done(folder, _channels(config))
 
 
 def _write(writer: ShardWriter, folder: ShardFolder, num_workers: int | str, most_broken: float) -> None:
@@ -81,6 +83,7 @@ def _parameters(config: DictConfig, data: ImageDataModule) -> dict[str, Any]:
 
 
 def _check(config: DictConfig) -> None:
+    check_whole(config, "data.in_chans", least=1)
     check_whole(config, "quality", least=1, most=100)
     check_whole(config, "shard_size", least=1)
     check_whole(config, "seed", least=0)
@@ -92,17 +95,23 @@ def _check(config: DictConfig) -> None:
         raise UserError(f"out={config.out} must be text: a folder")
 
 
-def _say_done(folder: ShardFolder, data: ImageDataModule) -> None:
-    """Says what was written, and how to train on it."""
+def _channels(config: DictConfig) -> str:
+    """What to add to a training command: `data=webdataset` takes the images for natural ones unless told otherwise."""
+    default = yaml.safe_load((config_folder() / "data/webdataset.yaml").read_text(encoding="utf-8"))
+    if all(config.data[name] == default[name] for name in ("in_chans", "mean", "std")):
+        return ""
+    in_chans = "" if config.data.in_chans == default["in_chans"] else f" data.in_chans={config.data.in_chans}"
+    return f"{in_chans} data.mean=auto data.std=auto"
+
+
+def _say_done(folder: ShardFolder, channels: str) -> None:
+    """Says what was written, and how to train on it, with these options for its channels."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     samples = sum(packed.shard.samples for packed in folder.packed.values())
     console.print(f"images: {samples}, in {len(folder.packed)} shards in {folder.path}", markup=False)
     if folder.skipped:
         console.print(f"images that could not be read: {len(folder.skipped)}, in {folder.list_skipped()}", markup=False)
     train, val = (shlex.quote(f"{name}={folder.path / part}") for name, part in _PATHS.items())
-    channels = (
-        "" if data.in_chans == 3 else f" data.in_chans={data.in_chans} 'data.mean={data.mean}' 'data.std={data.std}'"
-    )
     console.print(
         f"to train on them: python -m fcmae.pretrain +model=tiny data=webdataset {train} {val}{channels}", markup=False
     )

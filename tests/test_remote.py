@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import logging
+import multiprocessing
 import os
+import random
 import signal
 import socketserver
 import threading
@@ -18,6 +20,7 @@ import pytest
 from test_webdataset import data_module, index_beside, pixels, write_shard, write_shards
 
 from fcmae import UserError
+from fcmae.data.patience import insist
 from fcmae.data.remote import RemoteCache
 from fcmae.data.shard_index import Shard, write_index
 from fcmae.data.webdataset import WebDataset
@@ -178,7 +181,9 @@ def test_what_is_not_there_is_not_asked_for_again(status, server, tmp_path):
     write_shards(tmp_path / "www" / "in", 1)
     index_beside(tmp_path / "www" / "in")
     server.faults["x-000.tar"] = [status]
-    with pytest.raises(UserError, match=r"in/x-000.tar cannot be read \(.*\): check the address, the file, permissions"):
+    with pytest.raises(
+        UserError, match=r"in/x-000.tar cannot be read \(.*\): check the address, the file, permissions"
+    ):
         source(f"{server.url}/in", cache(tmp_path)).open(0)
     assert server.gets["x-000.tar"] == 1
     with pytest.raises(UserError, match=r"in/y.tar cannot be read"):
@@ -316,6 +321,57 @@ def test_threads_share_a_fetch(server, tmp_path):
     assert server.gets[path.name] == 1
 
 
+def test_processes_share_a_cache_that_is_too_small(tmp_path):
+    paths = write_shards(tmp_path / "www", 4, size=1)
+    contents = [path.read_bytes() for path in paths]
+
+    def read_again_and_again(seed: int) -> None:
+        numbers = random.Random(seed)
+        kept = cache(tmp_path, gib=1e-9, tries=1)
+        for _ in range(800):
+            number = numbers.randrange(4)
+            with kept.open(f"file://{paths[number]}", version="", size=len(contents[number]), sha256=None) as file:
+                assert file.read() == contents[number]
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=read_again_and_again, args=(seed,)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_cached_file_may_vanish_at_any_moment(tmp_path, monkeypatch):
+    (path,) = write_shards(tmp_path / "www", 1)
+    url, size = f"file://{path}", path.stat().st_size
+    kept = cache(tmp_path)
+    kept.open(url, version="", size=size, sha256=None).close()
+    (place,) = whole_files(tmp_path)
+
+    def vanish(*arguments: object) -> None:
+        place.unlink(missing_ok=True)
+
+    for function in ("utime", "fstat"):  # another process shrinks the cache in the middle of it
+        kept.open(url, version="", size=size, sha256=None).close()
+        with monkeypatch.context() as patch:
+            real = getattr(os, function)
+            moment = lambda *given, real=real: (vanish(), real(*given))[1]  # noqa: E731
+            patch.setattr(f"fcmae.data.remote.os.{function}", moment)
+            patch.setattr(os, "supports_fd", {os.utime, *os.supports_fd})
+            with kept.open(url, version="", size=size, sha256=None) as file:
+                assert file.read() == path.read_bytes()
+
+
+def test_a_cached_file_of_another_size_is_fetched_again(tmp_path):
+    (path,) = write_shards(tmp_path / "www", 1)
+    kept = cache(tmp_path)
+    kept.open(f"file://{path}", version="", size=None, sha256=None).close()
+    whole_files(tmp_path)[0].write_bytes(b"half")
+    with kept.open(f"file://{path}", version="", size=path.stat().st_size, sha256=None) as file:
+        assert file.read() == path.read_bytes()
+
+
 def test_a_cache_that_cannot_be_written(server, tmp_path):
     path = write_shards(tmp_path / "www" / "in", 1)[0]
     (tmp_path / "file").write_text("")
@@ -325,6 +381,21 @@ def test_a_cache_that_cannot_be_written(server, tmp_path):
 
 
 # -- S3 --
+
+
+@pytest.mark.parametrize("name", ["NoCredentialsError", "PartialCredentialsError"])
+def test_without_credentials_another_try_is_hopeless(name):
+    tried = []
+
+    def attempt() -> None:
+        tried.append(1)
+        raise type(name, (Exception,), {})("Unable to locate credentials")
+
+    with pytest.raises(
+        UserError, match=rf"s3://b/x.tar cannot be read \({name}: Unable to locate credentials\): check"
+    ):
+        insist("s3://b/x.tar", attempt, first_wait=0.01)
+    assert len(tried) == 1
 
 
 @pytest.fixture
@@ -365,3 +436,18 @@ def test_shards_come_from_s3(s3, tmp_path):
     assert len(set(names)) == len(names) == 15 // 3 * 3
     with pytest.raises(UserError, match=r"s3://bucket/in/y.tar cannot be read \(FileNotFoundError"):
         source(f"{s3}/in/y.tar", cache(tmp_path))
+
+
+def test_s3_without_credentials_ends_at_once(s3, tmp_path, monkeypatch, caplog):
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match=r"s3://bucket/in/index.json cannot be read \(NoCredentialsError: Unable to "):
+        source(f"{s3}/in/x.tar", cache(tmp_path))
+    assert not caplog.records
+    s3fs.S3FileSystem.clear_instance_cache()

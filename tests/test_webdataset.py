@@ -48,6 +48,7 @@ OPTIONS: dict[str, Any] = {
     "mixed_shards": 2,
     "val_path": None,
     "cache_gib": 1,
+    "read_labels": True,
 }
 
 
@@ -164,11 +165,14 @@ def test_a_source_goes_to_workers_without_its_files(tmp_path):
     sent = pickle.loads(pickle.dumps(images))
     assert not sent._open
     assert np.array_equal(np.asarray(sent.open(7).decode()), pixels(7))
+    file = images._open[0]._file
+    place = os.lseek(file.fileno(), 0, os.SEEK_CUR)
     child = os.fork()
     if not child:  # the files were opened before the fork
         same = all(np.array_equal(np.asarray(images.open(n).decode()), pixels(n)) for n in range(12))
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == place  # which a fork shares
 
 
 def test_few_files_are_open(tmp_path):
@@ -177,8 +181,13 @@ def test_few_files_are_open(tmp_path):
     for index in (*range(9), *range(9)):
         images.open(index)
         assert len(images._open) <= 3
-    files = [tar._file for tar in images._open.values()]
-    assert not any(file.closed for file in files)
+    files = {shard: tar._file for shard, tar in images._open.items()}
+    assert list(files) == [6, 7, 8]
+    assert not any(file.closed for file in files.values())
+    for index in (6, 0):
+        images.open(index)
+    assert list(images._open) == [8, 6, 0]
+    assert {shard for shard, file in files.items() if file.closed} == {7}  # the one not used for longest
 
 
 def test_a_broken_picture_is_replaced_and_named(tmp_path):
@@ -296,6 +305,44 @@ def test_what_is_no_index_is_refused(text):
         read_index(text, place="in/index.json")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"nsamples": -30},
+        {"nsamples": 1.5},
+        {"nsamples": True},
+        {"nsamples": 1, "filesize": -1},
+        {"nsamples": 1, "labels": [0.5]},
+        {"nsamples": 1, "labels": [1e20]},
+        {"nsamples": 1, "labels": [2**31]},
+        {"nsamples": 1, "labels": [-1]},
+        {"nsamples": 1, "labels": [True]},
+        {"nsamples": 1, "labels": "1"},
+        {"nsamples": 2, "labels": [0]},
+    ],
+)
+def test_an_index_says_nothing_but_whole_numbers(entry):
+    text = json.dumps({"wids_version": 1, "shardlist": [{"url": "x.tar"} | entry]}).encode()
+    with pytest.raises(UserError, match=r"index.json is no index of shards \(ValueError: x.tar has .*\): delete it"):
+        read_index(text, place="index.json")
+
+
+def test_an_index_that_cannot_be_read(tmp_path):
+    write_shards(tmp_path / "in", 1)
+    (tmp_path / "in" / "index.json").mkdir()
+    with pytest.raises(UserError, match=r"in/index.json cannot be read \(Is a directory\): mend that, or remove it"):
+        source(tmp_path / "in", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("note", ["[1]", "null", "[[6, null], [6]]", "{"])
+def test_a_note_of_what_was_counted_may_be_lost(note, tmp_path):
+    write_shards(tmp_path / "in", 2)
+    source(tmp_path / "in", tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").glob("counts-*.json")
+    kept.write_text(note)
+    assert source(tmp_path / "in", tmp_path / "cache").shard_sizes == [6, 6]
+
+
 def test_an_index_of_wids_is_understood():
     listed = [
         {"url": "https://host/a/x.tar", "nsamples": 3, "filesize": 5, "md5sum": "0"},
@@ -328,6 +375,73 @@ def test_labels_are_all_or_none(tmp_path, caplog):
     assert len(data.split()[0]) == 3
     with pytest.raises(UserError, match="WebDataset: the images have no labels"):
         _ = data.labels
+
+
+@pytest.mark.parametrize("text", [str(2**31), "9" * 23, "9" * 5000, "-1", "0.5", "\u0663"])
+def test_what_is_no_class_is_no_label(text, tmp_path, caplog):
+    write_shard(tmp_path / "in" / "x.tar", range(4), cls=lambda number: text.encode() if number == 3 else b"1")
+    with caplog.at_level(logging.WARNING):
+        assert source(tmp_path / "in", tmp_path / "cache").labels is None
+    assert "the labels are left out: x.tar:3 has no .cls with a number from 0 below 2^31" in caplog.text
+
+
+@pytest.mark.parametrize("largest", [1000, 300_000_000, 2**31 - 1])
+def test_a_class_far_above_all_others_is_refused(largest, tmp_path):
+    numbered = lambda number: str(largest if number == 3 else 1).encode()  # noqa: E731
+    write_shard(tmp_path / "in" / "x.tar", range(6), cls=numbered)
+    with pytest.raises(
+        UserError, match=rf"class {largest} of sample x.tar:3 is more than .*: mend its .cls, "
+    ) as error:
+        source(tmp_path / "in", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert "data.read_labels=false" in str(error.value)
+    unlabelled = data_module(tmp_path / "in", read_labels=False)
+    assert unlabelled.sharded.labels is None
+    assert unlabelled.class_names == []
+    assert len(unlabelled.split()[0]) == 5
+    assert not any(batch.labels is not None for batch in unlabelled.train_dataloader())
+
+
+def test_a_thousand_classes_need_no_names(tmp_path):
+    write_shard(tmp_path / "in" / "x.tar", range(6), cls=lambda number: b"999")
+    assert source(tmp_path / "in", tmp_path / "cache").class_names == [str(number) for number in range(1000)]
+
+
+def test_labels_that_are_not_read_cannot_be_wrong(tmp_path, caplog):
+    write_shards(tmp_path / "in", 2)
+    write_shards(tmp_path / "val", 1)
+    (tmp_path / "in" / "class_names.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "val" / "class_names.txt").write_text("x\ny\n")
+    with pytest.raises(
+        UserError, match=r"in/class_names.txt is no text in UTF-8 \(invalid .* at byte 3\): save it so$"
+    ):
+        source(tmp_path / "in", tmp_path / "cache")
+    data = data_module(tmp_path / "in", val_path=str(tmp_path / "val"), read_labels=False)
+    with pytest.raises(UserError, match="WebDataset: the images have no labels"):
+        _ = data.labels
+    assert not caplog.records
+
+
+def test_both_parts_have_the_same_classes(tmp_path):
+    for folder, names in (("in", "cat\ndog\nemu\n"), ("val", "\ufeffcat\nemu\ndog\n"), ("anon", "")):
+        write_shards(tmp_path / folder, 1)
+        (tmp_path / folder / "class_names.txt").write_text(names, encoding="utf-8")
+    with pytest.raises(UserError, match=r"data.val_path names other classes than data.path: pack both with the same"):
+        source(tmp_path / "in", tmp_path / "cache", val_path=str(tmp_path / "val"))
+    for path, val_path in (("in", "anon"), ("anon", "in")):
+        images = source(tmp_path / path, tmp_path / "cache", val_path=str(tmp_path / val_path))
+        assert images.class_names == ["cat", "dog", "emu"]
+    images = source(tmp_path / "val", tmp_path / "cache")
+    assert images.class_names == ["cat", "emu", "dog"]  # without the mark at the start of the file
+
+
+def test_indexes_that_name_different_classes(tmp_path):
+    for folder, names in (("one", "ab"), ("two", "ba")):
+        write_shard(tmp_path / folder / f"{folder}.tar", range(2), cls=lambda number: b"1")
+        listed = [Shard(f"{folder}.tar", 2, None, None, [1, 1])]
+        (tmp_path / folder / "index.json").write_text(write_index(listed, list(names)))
+    with pytest.raises(UserError, match=r"data.path=.* the indexes beside the shards name different classes"):
+        source(f"{tmp_path}/{{one,two}}", tmp_path / "cache")
 
 
 def test_classes_are_named_by_a_file_beside_the_shards(tmp_path):
@@ -368,6 +482,22 @@ def test_options_out_of_their_bounds(tmp_path):
         data_module(tmp_path, cache_gib=0)
     with pytest.raises(UserError, match=r"data.mixed_shards=0 must be at least 1"):
         data_module(tmp_path, mixed_shards=0)
+
+
+def test_other_channels_are_told_at_once(tmp_path):
+    tiff = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(tiff, "TIFF")
+    content = {"png": b"broken", "jpg": tiff.getvalue()}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for key, (extension, data) in enumerate([*content.items()] * 3):
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    options = {"mean": [0.5] * 5, "std": [0.5] * 5, "in_chans": 5}
+    with pytest.raises(UserError, match=r"x.tar:1 has 4 channels \(CMYK\), not data.in_chans=5: set data.in_chans, "):
+        data_module(tmp_path / "x.tar", **options).split()
+    options = {"mean": [0.5] * 4, "std": [0.5] * 4, "in_chans": 4}
+    assert len(data_module(tmp_path / "x.tar", **options).split()[0]) == 5
 
 
 def test_the_fingerprint_changes_with_the_shards(tmp_path):

@@ -15,6 +15,7 @@ T = TypeVar("T")
 TRIES, FIRST_WAIT = 7, 1.0
 """About a minute: 1, 2, 4, ... 32 seconds between the tries."""
 _GONE = (401, 403, 404, 410)  # HTTP's answers that another try does not change
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore, which need not be installed
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a full disk here
 
 
@@ -49,7 +50,7 @@ def insist(
             told = " ".join(f"{type(reason).__name__}: {reason}".split())
             if isinstance(reason, OSError) and reason.errno in _LOCAL:
                 raise reason from error
-            if is_gone(reason) or isinstance(reason, hopeless):
+            if is_gone(reason) or type(reason).__name__ in _NO_CREDENTIALS or isinstance(reason, hopeless):
                 raise UserError(f"{what} cannot be read ({told}): check the address, the file, permissions") from error
             if number == tries:
                 raise UserError(

@@ -1,5 +1,6 @@
 """Files of other machines: fetched with patience, and kept in a cache of bounded size."""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -71,9 +72,9 @@ class RemoteCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{place.name}.lock"):
-                if place.exists() and size in (None, place.stat().st_size):
-                    os.utime(place)
-                    return place.open("rb")
+                kept = _open_kept(place, size)
+                if kept is not None:
+                    return kept
                 self.insist(url, lambda: _download(url, part, size, sha256))
                 file = part.open("rb")  # before others can see it and, short of space, delete it
                 part.replace(place)
@@ -139,6 +140,23 @@ class RemoteCache:
                 continue
             except PermissionError:  # Windows, while it is open
                 continue
+
+
+def _open_kept(place: Path, size: int | None) -> BinaryIO | None:
+    """A file of the cache, from now on the one used last; None if it is not there whole.
+
+    Opened before anything is asked of it: another process may delete it at any moment, short of space.
+    """
+    try:
+        file = place.open("rb")
+    except FileNotFoundError:
+        return None
+    if size not in (None, os.fstat(file.fileno()).st_size):
+        file.close()
+        return None
+    with contextlib.suppress(FileNotFoundError):  # on Windows, which knows no times of open files
+        os.utime(file.fileno() if os.utime in os.supports_fd else place)
+    return file
 
 
 def _download(url: str, part: Path, size: int | None, sha256: str | None) -> None:

@@ -31,10 +31,10 @@ class ShardFolder:
     def __init__(self, path: Path, parameters: Mapping[str, Any]) -> None:
         self.path = path
         self._record = path / "packing.jsonl"
-        lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.is_file() else []
-        self._check(json.loads(lines[0]) if lines else {}, parameters)
-        self.packed = {packed.file: packed for packed in _finished(lines[1:], path)}
-        path.mkdir(parents=True, exist_ok=True)
+        earlier, lines = _read(self._record) if self._record.is_file() else ({}, [])
+        self._check(earlier, parameters)
+        self.packed = {packed.file: packed for packed in _finished(lines, path)}
+        make_folder(path)
         for temporary in path.glob("*/.*.tmp"):  # of a packing that was killed
             temporary.unlink()
         kept = [json.dumps(parameters), *(_line(packed) for packed in self.packed.values())]
@@ -48,8 +48,8 @@ class ShardFolder:
         Raises:
             UserError: there is one, or the folder cannot be made.
         """
+        make_folder(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path / ".lock", timeout=0)
             with lock:
                 yield
@@ -103,6 +103,30 @@ class ShardFolder:
                 )
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder below `out`, unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: no folder can be made at {path} ({error.strerror}): name another one") from error
+
+
+def _read(record: Path) -> tuple[dict[str, Any], list[str]]:
+    """(parameters of the packing that was begun, a line for each shard)."""
+    try:
+        first, *lines = record.read_text(encoding="utf-8").splitlines() or ["{}"]
+        parameters = json.loads(first)
+    except ValueError:
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise UserError(f"{record} is no record of a packing: name another out, or delete {record.parent}")
+    return parameters, lines
+
+
 def _line(packed: Packed) -> str:
     return json.dumps({"file": packed.file, "shard": packed.shard._asdict(), "skipped": packed.skipped})
 
@@ -110,7 +134,8 @@ def _line(packed: Packed) -> str:
 def _finished(lines: Sequence[str], path: Path) -> Iterator[Packed]:
     """The shards that are there as they were written down."""
     for line in lines:
-        with contextlib.suppress(ValueError, OSError):  # a line cut short by a kill, a shard that was removed
+        # A line cut short by a kill or changed by hand, a shard that was removed.
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             entry = json.loads(line)
             shard = Shard(**entry["shard"])
             if (path / entry["file"]).stat().st_size == shard.size:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from fcmae.errors import UserError
 
 INDEX = "index.json"
+LABEL_LIMIT = 2**31
+"""Classes are numbered below it; so many have never been, and tensors of labels hold them."""
 
 
 class Shard(NamedTuple):
@@ -78,8 +80,19 @@ def file_name(url: str) -> str:
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
-    name, samples, labels = file_name(str(entry["url"])), int(entry["nsamples"]), entry.get("labels")
-    if labels is not None and (len(labels) != samples or not all(label is None or label >= 0 for label in labels)):
-        raise ValueError(f"{name} has {samples} samples, and labels that are not as many numbers from 0")
+    name, samples, labels = file_name(str(entry["url"])), entry["nsamples"], entry.get("labels")
     size = entry.get("filesize")
-    return Shard(name, samples, None if size is None else int(size), entry.get("sha256") or None, labels)
+    for key, value in (("nsamples", samples), ("filesize", 0 if size is None else size)):
+        if not _is_whole(value):
+            raise ValueError(f"{name} has {key} {value}, which is no whole number from 0")
+    if labels is not None and (
+        len(labels) != samples
+        or not all(label is None or (_is_whole(label) and label < LABEL_LIMIT) for label in labels)
+    ):
+        raise ValueError(f"{name} has {samples} samples, and labels that are not as many whole numbers from 0")
+    return Shard(name, samples, size, entry.get("sha256") or None, labels)
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number from 0; JSON's true is none."""
+    return type(value) is int and value >= 0

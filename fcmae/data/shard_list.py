@@ -33,11 +33,15 @@ class ShardList:
         option: that the user typed it as.
         cache: of remote shards, and of what counting found.
 
+    Attributes:
+        shards: with the number of samples in each, and their labels.
+
     Raises:
         UserError: no shard, one that is missing, or an index that disagrees with its shards.
     """
 
     def __init__(self, path: str | Sequence[str], *, option: str, cache: RemoteCache) -> None:
+        self._path = path
         self._option = option
         self._cache = cache
         self._indexes: dict[str, ShardIndex | None] = {}
@@ -46,16 +50,26 @@ class ShardList:
             raise UserError(
                 f"{option}={path} names no shard: name a folder of *.tar, or a pattern as x-{{000..123}}.tar"
             )
-        indexes = [self._index_beside(url) for url in urls]
+        self._urls = urls
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             known = list(threads.map(self._known, urls))
         unknown = [shard for shard, found in known if not found]
         counted = iter(self._counted(unknown))
         self.shards = [shard if found else next(counted) for shard, found in known]
+
+    def class_names(self) -> list[str]:
+        """In the order of the labels; none if nobody named them.
+
+        Raises:
+            UserError: two indexes name different ones, or the file that names them is no text.
+        """
+        indexes = [self._index_beside(url) for url in self._urls]
         names = [index.class_names for index in indexes if index and index.class_names]
-        self.class_names = names[0] if names else self._listed_names(urls[0])
-        if any(others != self.class_names for others in names):
-            raise UserError(f"{option}={path}: the indexes beside the shards name different classes: write them anew")
+        if any(others != names[0] for others in names):
+            raise UserError(
+                f"{self._option}={self._path}: the indexes beside the shards name different classes: write them anew"
+            )
+        return names[0] if names else self._listed_names(self._urls[0])
 
     def _expand(self, pattern: str) -> list[str]:
         try:
@@ -109,9 +123,12 @@ class ShardList:
     def _read(self, place: str) -> bytes | None:
         if is_remote(place):
             return self._cache.read(place)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             return Path(place).read_bytes()
-        return None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{place} cannot be read ({error.strerror}): mend that, or remove it") from error
 
     def _known(self, url: str) -> tuple[Shard, bool]:
         """What is known of a shard, and whether an index says so."""
@@ -138,7 +155,7 @@ class ShardList:
             return []
         asked = json.dumps([(shard.url, shard.size, shard.version) for shard in shards])
         notes = self._cache.folder / f"counts-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             counts = json.loads(notes.read_text(encoding="utf-8"))
             return [shard._replace(samples=n, labels=labels) for shard, (n, labels) in zip(shards, counts, strict=True)]
         with ThreadPoolExecutor(_AT_ONCE) as threads:
@@ -157,8 +174,13 @@ class ShardList:
 
     def _listed_names(self, url: str) -> list[str]:
         """The classes of `class_names.txt` beside a shard, one per line."""
-        text = self._read(f"{url.rpartition('/')[0] or '.'}/class_names.txt")
-        return text.decode().splitlines() if text else []
+        place = f"{url.rpartition('/')[0] or '.'}/class_names.txt"
+        try:
+            return (self._read(place) or b"").decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{place} is no text in UTF-8 ({error.reason} at byte {error.start}): save it so"
+            ) from error
 
 
 def open_shard(shard: Shard, cache: RemoteCache) -> BinaryIO:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +20,7 @@ from fcmae.data.picture import Picture
 from fcmae.data.randomness import mix_seed
 from fcmae.data.shard_index import Shard
 from fcmae.data.source import Source
+from fcmae.data.watch import Reading
 from fcmae.errors import UserError
 from fcmae.files import atomic_writer
 
@@ -71,6 +72,9 @@ class ShardWriter(Dataset[Packed]):
         out: folder of all shards.
         quality: of the JPEGs, from 1 to 100.
         short_side: pixels to which pictures are shrunk (bicubic), where they are larger; None to keep their size.
+
+    Attributes:
+        reading: told the name of every picture before it is opened.
     """
 
     def __init__(
@@ -89,23 +93,41 @@ class ShardWriter(Dataset[Packed]):
         self.out = out
         self.quality = quality
         self.short_side = short_side
+        self.reading: Callable[[str], object] = _ignore
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def write_all(self, num_workers: int | str) -> Iterable[Packed]:
+    def write_all(self, num_workers: int | str) -> Iterator[Packed]:
         """Writes all shards in order, several at once.
 
         Args:
             num_workers: processes that write; 0 for this one; `auto`: as many as there are cores.
+
+        Raises:
+            UserError: as `__getitem__`; or one of the processes died.
         """
-        return DataLoader(
+        workers = min(len(self), usable_cores() if num_workers == "auto" else int(num_workers))
+        self.reading = reading = Reading(workers)
+        loader = DataLoader(
             self,
             batch_size=None,
             collate_fn=_as_it_is,
-            num_workers=min(len(self), usable_cores() if num_workers == "auto" else int(num_workers)),
+            num_workers=workers,
             worker_init_fn=leave_signals_to_the_run,
         )
+        written: Any = iter(loader)
+        try:
+            yield from written
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: a shard of a worker that is gone
+            died = [number for number, worker in enumerate(getattr(written, "_workers", [])) if not worker.is_alive()]
+            if not died:
+                raise
+            names = ", ".join(reading.name(number) or "nothing yet" for number in died)
+            raise UserError(
+                f"a process that packs died while it read {names}: the machine may be out of memory (type the same "
+                "again with a smaller num_workers, it goes on), or the file crashes its decoder (leave it out)"
+            ) from error
 
     def __getitem__(self, number: int) -> Packed:
         """Writes a shard.
@@ -113,37 +135,43 @@ class ShardWriter(Dataset[Packed]):
         Raises:
             UserError: it cannot be written, or the source cannot go on.
         """
-        job, skipped = self.jobs[number], []
-        labels: list[int] = []
-        samples = 0
+        job = self.jobs[number]
         place = self.out / job.file
         with atomic_writer(place) as file:
             hashed = _Hashed(file)
-            tar = TarWriter(hashed, encoder=False, mtime=0, user="", group="")
-            for key, index in enumerate(job.indices, start=job.first):
-                sample_id = self.source.sample_id(index)
-                try:
-                    extension, content = encode(self.source.open(index), self.quality, self.short_side)
-                except UserError:
-                    raise
-                except Exception as error:  # decoders raise anything at a broken file
-                    skipped.append((sample_id, f"{type(error).__name__}: {error}"))
-                    continue
-                members = {extension: content, "json": json.dumps({"id": sample_id}).encode()}
-                if self.labels is not None:
-                    labels.append(int(self.labels[index]))
-                    members["cls"] = str(labels[-1]).encode()
-                tar.write({"__key__": f"{key:09d}", **members})
-                samples += 1
-            tar.close()
+            # Closed after an error, too: left open, the tar would write to a closed file when it is forgotten.
+            with TarWriter(hashed, encoder=False, mtime=0, user="", group="") as tar:
+                labels, skipped = self._fill(tar, job)
         shard = Shard(
             url=place.name,
-            samples=samples,
+            samples=len(labels),
             size=hashed.size,
             sha256=hashed.digest.hexdigest(),
             labels=None if self.labels is None else labels,
         )
         return Packed(job.file, shard, skipped)
+
+    def _fill(self, tar: TarWriter, job: ShardJob) -> tuple[list[int | None], list[tuple[str, str]]]:
+        """(class of every sample, None if there are no classes; what could not be read)."""
+        labels: list[int | None] = []
+        skipped = []
+        for key, index in enumerate(job.indices, start=job.first):
+            sample_id = self.source.sample_id(index)
+            self.reading(sample_id)
+            try:
+                extension, content = encode(self.source.open(index), self.quality, self.short_side)
+            except UserError:
+                raise
+            except Exception as error:  # decoders raise anything at a broken file
+                skipped.append((sample_id, f"{type(error).__name__}: {error}"))
+                continue
+            label = None if self.labels is None else int(self.labels[index])
+            members = {extension: content, "json": json.dumps({"id": sample_id}).encode()}
+            if label is not None:
+                members["cls"] = str(label).encode()
+            tar.write({"__key__": f"{key:09d}", **members})
+            labels.append(label)
+        return labels, skipped
 
 
 def encode(picture: Picture, quality: int, short_side: int | None) -> tuple[str, bytes]:
@@ -169,6 +197,10 @@ def encode(picture: Picture, quality: int, short_side: int | None) -> tuple[str,
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     image.save(buffer, "JPEG", quality=quality)
     return "jpg", buffer.getvalue()
+
+
+def _ignore(sample_id: str) -> None:
+    pass
 
 
 def _as_it_is(packed: Any) -> Any:

@@ -9,10 +9,12 @@ from typing import BinaryIO, NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from fcmae.data.decoding import EXTENSIONS
+from fcmae.data.shard_index import LABEL_LIMIT
 from fcmae.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
 _META = re.compile(r"__[^/]*__($|/)")  # members about the shard itself, which WebDataset leaves out
+_DIGITS = len(str(LABEL_LIMIT))
 _AGAIN = "fetch or write the shard again"
 
 
@@ -70,10 +72,11 @@ class TarShard:
         raise ValueError(f"no picture among {', '.join(member.name for member in sample.values())}")
 
     def label(self, place: int) -> int | None:
-        """The class; None if there is none, or it is no number from 0."""
+        """The class; None if there is none, or it is no whole number from 0 to below `LABEL_LIMIT`."""
         member = self._samples[place].get("cls")
         text = b"" if member is None else self._read(member).strip()
-        return int(text) if text.isdigit() else None
+        label = int(text) if text.isdigit() and len(text) <= _DIGITS else LABEL_LIMIT
+        return label if label < LABEL_LIMIT else None
 
     def close(self) -> None:
         """Closes the file."""

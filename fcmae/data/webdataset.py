@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.data.decoding import open_picture
+from fcmae.data.decoding import ChannelsError, open_picture
 from fcmae.data.picture import Picture
-from fcmae.data.remote import RemoteCache, default_cache
+from fcmae.data.remote import RemoteCache, default_cache, is_remote
 from fcmae.data.shard_index import Shard, file_name
 from fcmae.data.shard_list import ShardList, open_shard
 from fcmae.data.sharded import Places, ShardedDataModule
 from fcmae.data.tar_shard import TarShard
 from fcmae.errors import UserError
+
+_LOOKED_AT = 100
+"""So many samples at the start tell whether `data.in_chans` is wrong altogether."""
+_UNNAMED = 1000
+"""So many classes need no names; more of them than samples are a mistake rather than classes."""
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +39,7 @@ class WebDataset:
         in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
         cache: of remote shards.
         most_open: shards that a process keeps open.
+        read_labels: whether the images have labels, if their shards say so.
 
     Raises:
         UserError: no shard, one that is missing or twice there, an index that disagrees with its shards, or classes
@@ -48,6 +54,7 @@ class WebDataset:
         in_chans: int,
         cache: RemoteCache,
         most_open: int,
+        read_labels: bool = True,
     ) -> None:
         train = ShardList(path, option="data.path", cache=cache)
         held_out = ShardList(val_path, option="data.val_path", cache=cache) if val_path is not None else None
@@ -56,13 +63,6 @@ class WebDataset:
         self.shard_sizes = [shard.samples for shard in shards]
         first = sum(shard.samples for shard in train.shards)
         self.held_out: range | None = range(first, sum(self.shard_sizes)) if held_out else None
-        class_names = train.class_names or (held_out.class_names if held_out else [])
-        if held_out and held_out.class_names not in ([], class_names):
-            raise UserError(
-                f"data.val_path={val_path} names other classes than data.path={path}: pack both with the same labels"
-            )
-        self.labels = _labels(shards, self.shard_names)
-        self.class_names = _class_names(self.labels, class_names)
         self._shards = [shard._replace(labels=None) for shard in shards]  # the workers need no second copy
         self._places = Places(self.shard_sizes)
         self._in_chans = in_chans
@@ -70,6 +70,28 @@ class WebDataset:
         self._most_open = most_open
         self._open: OrderedDict[int, TarShard] = OrderedDict()
         self._opened_by = os.getpid()
+        self.labels = _labels(shards, self.shard_names) if read_labels else None
+        self.class_names = self._named_classes(self.labels, train, held_out) if self.labels is not None else []
+
+    def check_channels(self) -> None:
+        """Refuses a number of channels that the first readable sample has not; of a local shard, others are fetched.
+
+        Raises:
+            UserError: says how many it has, or that the shard cannot be read.
+        """
+        for index in range(0 if is_remote(self._shards[0].url) else min(len(self), _LOOKED_AT)):
+            try:
+                self.open(index)
+            except ChannelsError as error:
+                raise UserError(
+                    f"{self.sample_id(index)} has {error}: set data.in_chans, data.mean and data.std to the files'"
+                ) from error
+            except UserError:
+                raise
+            except Exception:  # decoders raise anything at a broken file, which is reported when it is read
+                continue
+            else:
+                return
 
     def __len__(self) -> int:
         return len(self._places)
@@ -102,6 +124,27 @@ class WebDataset:
             self._open.popitem(last=False)[1].close()
         return tar
 
+    def _named_classes(self, labels: Tensor, train: ShardList, held_out: ShardList | None) -> list[str]:
+        """The names of the classes, where there are none their numbers."""
+        names = train.class_names()
+        others = held_out.class_names() if held_out else []
+        if names and others and names != others:
+            raise UserError("data.val_path names other classes than data.path: pack both with the same labels")
+        names = names or others
+        place = int(labels.argmax())
+        largest = int(labels[place])
+        if names and largest >= len(names):
+            raise UserError(
+                f"class {largest} of a sample has no name, the shards name {len(names)} classes: complete "
+                "class_names.txt, or the index"
+            )
+        if not names and largest >= max(len(labels), _UNNAMED):
+            raise UserError(
+                f"class {largest} of sample {self.sample_id(place)} is more than there are samples: mend its .cls, "
+                "name the classes in class_names.txt, or give data.read_labels=false"
+            )
+        return names or [str(number) for number in range(largest + 1)]
+
     def _open_anew(self, shard: Shard) -> TarShard:
         tar = TarShard(open_shard(shard, self._cache), name=shard.url)
         if len(tar) != shard.samples:
@@ -122,12 +165,14 @@ class WebDatasetDataModule(ShardedDataModule):
         val_path: likewise, of the images to validate with; null to hold out the last ones of `path`.
         cache_dir: folder for remote shards and for what counting found; null for the user's cache folder.
         cache_gib: GiB that remote shards may take there.
+        read_labels: false for images whose labels are wrong, or play no part: they have none then.
     """
 
     path: str | Sequence[str]
     val_path: str | Sequence[str] | None
     cache_dir: str | None
     cache_gib: float
+    read_labels: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,13 +181,16 @@ class WebDatasetDataModule(ShardedDataModule):
 
     def load_source(self) -> WebDataset:
         folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
-        return WebDataset(
+        source = WebDataset(
             path=self.path,
             val_path=self.val_path,
             in_chans=self.in_chans,
             cache=RemoteCache(folder=folder, gib=self.cache_gib),
             most_open=2 * self.mixed_shards,  # those mixed now, and those that other samples of a batch come from
+            read_labels=self.read_labels,
         )
+        source.check_channels()
+        return source
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -165,18 +213,8 @@ def _labels(shards: Sequence[Shard], names: Sequence[str]) -> Tensor | None:
     for shard, name in zip(shards, names, strict=True):
         if shard.samples and (shard.labels is None or None in shard.labels):
             place = shard.labels.index(None) if shard.labels is not None else 0
-            log.warning("the labels are left out: %s:%d has no .cls with a number from 0, others have", name, place)
+            log.warning(
+                "the labels are left out: %s:%d has no .cls with a number from 0 below 2^31, others have", name, place
+            )
             return None
     return torch.tensor([label for shard in shards for label in shard.labels or []])
-
-
-def _class_names(labels: Tensor | None, names: list[str]) -> list[str]:
-    if labels is None:
-        return []
-    classes = int(labels.max()) + 1
-    if names and classes > len(names):
-        raise UserError(
-            f"class {classes - 1} of a sample has no name, the shards name {len(names)} classes: complete "
-            "class_names.txt, or the index"
-        )
-    return names or [str(number) for number in range(classes)]
