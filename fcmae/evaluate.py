@@ -226,7 +226,7 @@ def _features(
 
     made_of = {
         "weights": weights_digest(trained.net),
-        "data": data.fingerprint(),
+        "data": [data.fingerprint(), _options(config.data), str(Path.cwd())],
         "files": _files_digest(data, indices),
         "indices": list(indices),
         "preparation": asdict(trained.preparation),
@@ -234,6 +234,12 @@ def _features(
         "precision": str(config.precision),
     }
     return FeatureCache(_out(config)).get(made_of, make).to(compute.torch_device)
+
+
+def _options(data: DictConfig) -> dict[str, Any]:
+    """What images there are and how they are read, but for what changes the speed alone."""
+    options: Any = OmegaConf.to_container(data, resolve=True)
+    return {name: value for name, value in options.items() if name not in ("batch_size", "num_workers", "timeout")}
 
 
 def _files_digest(data: LabelledDataModule, indices: Sequence[int]) -> str:

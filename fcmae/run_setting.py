@@ -1,12 +1,15 @@
 """What the verbs that train take from their configuration alike."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from fcmae.checkpoints.weights import read_weights
 from fcmae.data.statistics import channel_statistics
 from fcmae.launch import build
 from fcmae.run_inference import progress_bar
@@ -26,7 +29,7 @@ def run_setting(config: DictConfig, *, next_command: str) -> Setting:
             config.logger.wandb.id = config.logger.wandb.id or wandb_id
         return list(build(config.logger).values())
 
-    _fill_in_statistics(config)
+    settle_normalization(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     overrides = list(HydraConfig.get().overrides.task)
     return Setting(
@@ -38,21 +41,48 @@ def run_setting(config: DictConfig, *, next_command: str) -> Setting:
     )
 
 
-def _fill_in_statistics(config: DictConfig) -> None:
-    """Measures what `data.mean=auto` or `data.std=auto` leaves open; everything else then follows from the numbers."""
+def settle_normalization(config: DictConfig) -> None:
+    """Decides mean and deviation where they were not typed as numbers.
+
+    A run that goes on keeps its own; one that starts from a checkpoint takes the checkpoint's, or what it has learned
+    would not fit; `auto` measures them. All that is made of the configuration afterwards follows from the numbers.
+    """
+    typed = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    for known in (_of_the_run(config), _of_the_checkpoint(config)):
+        for name in ("mean", "std"):
+            fits = len(known.get(name, ())) == config.data.in_chans
+            if fits and (config.data[name] == "auto" or f"data.{name}" not in typed):
+                config.data[name] = list(known[name])
+                typed.add(f"data.{name}")
     names = [name for name in ("mean", "std") if config.data[name] == "auto"]
-    if not names:
-        return
-    trial = config.copy()
+    measured = _measured(config) if names else {}
     for name in names:
-        trial.data[name] = [0.5] * config.data.in_chans
+        config.data[name] = measured[name]
+
+
+def _of_the_run(config: DictConfig) -> dict[str, Any]:
+    """The `data` of the run in `run_dir`, if there is one to go on with."""
+    file = Path(config.run_dir) / "config.yaml"
+    if config.resume == "never" or not file.is_file():
+        return {}
+    earlier: dict[str, Any] = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data", {})
+    return earlier
+
+
+def _of_the_checkpoint(config: DictConfig) -> dict[str, Any]:
+    """How images were prepared for the network that a run starts from, if its file says so."""
+    if config.get("checkpoint") is None or _of_the_run(config):
+        return {}
+    given: dict[str, Any] = (read_weights(config.checkpoint).description or {}).get("input", {})
+    return given
+
+
+def _measured(config: DictConfig) -> dict[str, list[float]]:
+    trial = config.copy()
+    trial.data.mean = trial.data.std = [0.5] * config.data.in_chans
     with progress_bar() as bar:
-        task = bar.add_task("mean and deviation of the images", total=None, visible=False)  # unless it is measured
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
-
-        mean, std = channel_statistics(build(trial.data), advance)
-    for name, values in (("mean", mean), ("std", std)):
-        if name in names:
-            config.data[name] = values
+        task = bar.add_task("mean and deviation of the images", total=None)
+        mean, std = channel_statistics(
+            build(trial.data), lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    return {"mean": mean, "std": std}

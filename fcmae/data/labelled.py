@@ -111,9 +111,17 @@ class LabelledDataModule(ImageDataModule):
         return self.labels[self.split()[0]]
 
     def class_counts(self) -> Tensor:
-        """(classes,) int64: how many images to learn from each class has."""
+        """(classes,) int64: how many images to learn from each class has.
+
+        Raises:
+            UserError: one has none.
+        """
         labels = self.train_labels()
-        return labels.sum(0) if self.is_multi_label else labels.bincount(minlength=len(self.class_names))
+        counts = labels.sum(0) if self.is_multi_label else labels.bincount(minlength=len(self.class_names))
+        for name, count in zip(self.class_names, counts.tolist(), strict=True):
+            if not count:
+                raise UserError(f"class {name!r} has no image to learn from: add some, or leave the class out")
+        return counts
 
     def weights(self) -> Tensor | None:
         """For balanced sampling: one over the size of the image's class.
@@ -145,22 +153,21 @@ class LabelledDataModule(ImageDataModule):
 
     def _chosen(self, train: Sequence[int]) -> Sequence[int]:
         """The few labels: drawn from each class by the seed."""
-        members = _members(self.labels[torch.as_tensor(train)], len(self.class_names))
-        for name, positions in zip(self.class_names, members, strict=True):
-            if len(positions) < (self.shots or 1):
-                wanted = f"data.shots={self.shots} images" if self.shots else "an image"
-                raise UserError(
-                    f"class {name!r} has {len(positions)} images to learn from, not {wanted}: add some, or leave the "
-                    "class out" + (", or ask for fewer" if self.shots else "")
-                )
         if self.shots is None and self.fraction == 1:
             return train
+        members = _members(self.labels[torch.as_tensor(train)], len(self.class_names))
+        for name, positions in zip(self.class_names, members, strict=True):
+            if len(positions) < (self.shots or 0):
+                raise UserError(
+                    f"class {name!r} has {len(positions)} images to learn from, not data.shots={self.shots} images: "
+                    "add some, or leave the class out, or ask for fewer"
+                )
         chosen: set[int] = set()
         if self.is_multi_label and self.shots is None:  # images without any label are a group of their own
             members = [*members, (~self.labels[torch.as_tensor(train)].any(1)).nonzero()[:, 0]]
         for index, positions in enumerate(members):
             generator = torch.Generator().manual_seed(mix_seed("few labels", self.seed, index))
-            wanted_count = self.shots or max(1, round(self.fraction * len(positions)))
+            wanted_count = self.shots or max(1, round(self.fraction * len(positions)))  # of those there are
             order = torch.randperm(len(positions), generator=generator)[:wanted_count]
             chosen |= {train[position] for position in positions[order].tolist()}
         return sorted(chosen)

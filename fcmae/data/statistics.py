@@ -1,7 +1,5 @@
 """The mean and the deviation of the pixels of one's own images."""
 
-import hashlib
-import json
 from collections.abc import Callable
 
 import torch
@@ -10,7 +8,6 @@ from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.loader import open_loader
 from fcmae.data.picture import as_shares
 from fcmae.errors import UserError
-from fcmae.files import user_cache, write_text
 
 IMAGES = 2000
 """Of so many training images at most: the deviation of a mean over them is a fortieth of that of single images."""
@@ -18,8 +15,6 @@ IMAGES = 2000
 
 def channel_statistics(data: ImageDataModule, advance: Callable[[int, int], object]) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel, over all pixels of the training images as they are validated with.
-
-    Computed once, then kept in the user's cache for as long as the images' names do not change.
 
     Args:
         data: the images; whatever it normalises with plays no part.
@@ -31,23 +26,6 @@ def channel_statistics(data: ImageDataModule, advance: Callable[[int, int], obje
     Raises:
         UserError: the images have one colour only, or cannot be read.
     """
-    described = [data.fingerprint(), data.size, data.in_chans, str(getattr(data, "path", "")), IMAGES]
-    name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
-    try:
-        kept = user_cache() / "statistics" / f"{name}.json"
-        kept.parent.mkdir(exist_ok=True)
-        if kept.exists():
-            mean, std = json.loads(kept.read_text())
-            return mean, std
-    except (OSError, ValueError):
-        kept = None  # no cache, or none that can be read: computed again
-    mean, std = _measure(data, advance)
-    if kept is not None:
-        write_text(kept, json.dumps([mean, std]))
-    return mean, std
-
-
-def _measure(data: ImageDataModule, advance: Callable[[int, int], object]) -> tuple[list[float], list[float]]:
     indices, _ = data.split()
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:IMAGES]
     chosen = [indices[place] for place in sorted(order.tolist())]

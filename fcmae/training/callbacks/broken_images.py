@@ -1,5 +1,6 @@
 """Counts and names the images that could not be read."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -66,5 +67,8 @@ class BrokenImages(L.Callback):
             )
 
     def _noted(self) -> set[str]:
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        return {json.loads(line)["id"] for line in lines}
+        noted = set()
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                noted.add(json.loads(line)["id"])
+        return noted

@@ -41,7 +41,10 @@ class Reconstructions(L.Callback):
         assert isinstance(data, ImageDataModule)
         shown = batch._replace(images=batch.images[: self.images], seeds=batch.seeds[: self.images])
         reconstruction = reconstruct(pl_module.model, shown.images, pl_module.masks(shown))
-        image = picture(reconstruction, *data.numbers)
+        channels = shown.images.shape[1]
+        # Values of more bits have no range of their own to show; within 2.5 deviations lies most of them.
+        shades = data.numbers if data.normalize.eight_bits else ([0.5] * channels, [0.2] * channels)
+        image = picture(reconstruction, *shades)
         epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
         save_png(image, self.folder / f"epoch={epoch:04d}-step={trainer.global_step:08d}.png")
         save_png(image, self.folder / "latest.png")
