@@ -54,15 +54,30 @@ for part in "${parts[@]}"; do
         finetune mask-30 10 0,1,2 "${plain[@]}" "$(from mask-30)"
         finetune mask-90 10 0,1,2 "${plain[@]}" "$(from mask-90)"
         ;;
-    recipe) # each choice of experiment=finetune_small_data turned back, one at a time
-        recipe=(experiment=finetune_small_data data.batch_size=25 optim.base_lr=1.536e-2 "$(from fcmae)")
-        finetune recipe 10 0,1,2,3,4 "${recipe[@]}"
-        finetune recipe-whole-pictures 10 0,1,2,3,4 "${recipe[@]}" "augment.crop_scale=[1,1]"
-        finetune recipe-mixed 10 0,1,2,3,4 "${recipe[@]}" batch_augment.mixup=0.8 batch_augment.cutmix=1
-        finetune recipe-head-0.001 10 0,1,2,3,4 "${recipe[@]}" model.head_init_scale=0.001
-        finetune recipe-layer-decay-0.9 10 0,1,2,3,4 "${recipe[@]}" optim.layer_decay=0.9
-        finetune recipe-no-smoothing 10 0,1,2,3,4 "${recipe[@]}" label_smoothing=0
-        finetune recipe-drop-path-0.2 10 0,1,2,3,4 "${recipe[@]}" model.drop_path_rate=0.2
+    recipe) # experiment=finetune_small_data: each choice turned back, one at a time; what digits leave out, put back
+        recipe=(experiment=finetune_small_data data.batch_size=25)
+        for shots in 10 50; do
+            epochs=$((shots == 10 ? 25 : 10)) # 100 and 200 steps
+            one_choice() { # name, options
+                finetune "recipe$1" "$shots" 0,1,2,3,4 "${recipe[@]}" "$(from fcmae)" optim.base_lr=1.536e-2 \
+                    "epochs=$epochs" "trainer.check_val_every_n_epoch=$epochs" "optim.warmup_epochs=$((epochs / 10))" \
+                    "${@:2}"
+            }
+            one_choice "" "optim.base_lr=$rates"
+            one_choice -scratch checkpoint=null "optim.base_lr=$rates"
+            one_choice -whole-pictures "augment.crop_scale=[1,1]"
+            one_choice -crop-0.08 "augment.crop_scale=[0.08,1]"
+            one_choice -mixed batch_augment.mixup=0.8 batch_augment.cutmix=1 data.batch_size=24 # pairs
+            one_choice -erasing batch_augment.random_erasing=0.25
+            one_choice -randaugment augment.randaugment=rand-m9-mstd0.5-inc1
+            one_choice -head-0.001 model.head_init_scale=0.001
+            one_choice -layer-decay-0.9 optim.layer_decay=0.9
+            one_choice -no-smoothing label_smoothing=0
+            one_choice -drop-path-0.2 model.drop_path_rate=0.2
+            one_choice -imagenet batch_augment.mixup=0.8 batch_augment.cutmix=1 data.batch_size=24 batch_augment.random_erasing=0.25 \
+                augment.randaugment=rand-m9-mstd0.5-inc1 model.head_init_scale=0.001 optim.layer_decay=0.9 \
+                model.drop_path_rate=0.2 # what tiny takes on ImageNet-1K, at the rates and steps of here
+        done
         ;;
     *)
         echo "results.sh: $part is none of pretrain labels crops ablations recipe" >&2

@@ -28,11 +28,12 @@ def main(folder: Path) -> None:
         scores = best[name, shots][1]
         print(f"| {name} | {shots} | {len(scores)} | {cells} | {interval(list(scores.values()))} |")
     print("\n| compared | images per class | difference in points, seed by seed |\n|---|---|---|")
-    for (name, shots), (_, scores) in sorted(best.items(), key=lambda item: (item[0][1], item[0][0])):
+    for (name, shots), (rate, scores) in sorted(best.items(), key=lambda item: (item[0][1], item[0][0])):
         standard = _standard(name)
         if name == standard or (standard, shots) not in best:
             continue
-        reference = best[standard, shots][1]
+        # Best against best, or at the same rate, where the variant was given only one.
+        reference = runs[standard, shots][rate] if len(runs[name, shots]) == 1 else best[standard, shots][1]
         differences = [reference[seed] - scores[seed] for seed in sorted(scores.keys() & reference.keys())]
         print(f"| {standard} - {name} | {shots} | {interval(differences, sign='+')} |")
 
