@@ -1,21 +1,27 @@
 """Picture files to pixels: JPEG, PNG, WebP, TIFF, BMP, PPM and NumPy arrays, of any number of channels."""
 
 import io
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fcmae.data.picture import Decoded, Picture, Pixels
+from fcmae.data.picture import Decoded, Picture, Pixels, as_shares
+
+if TYPE_CHECKING:
+    from tifffile import TiffPage
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = {1: "L", 3: "RGB"}
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the tag of EXIF and TIFF, and its values that swap height and width
+_FLIPPED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # and the axes of (C, H, W) to flip after that
+_WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
+_ALPHA, _PREMULTIPLIED = ((1,), (2,)), (1,)  # TIFF's ExtraSamples: alpha alone
+_GREY = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as PIL makes it
 _EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa", "La")
 
 
@@ -40,9 +46,9 @@ def open_picture(file: str | Path | bytes, *, name: str, in_chans: int) -> Pictu
     """
     extension = Path(name).suffix.lower()
     if extension == ".npy":
-        return Decoded(_array(_load_array(file), in_chans))
+        return Decoded(_read_array(file, in_chans))
     if extension in (".tif", ".tiff") and not _plain(file, in_chans):
-        return Decoded(_array(_read_tiff(file), in_chans))
+        return Decoded(_read_tiff(file, in_chans))
     if in_chans not in _MODES:
         image = _open(file)
         bands = len(image.getbands())
@@ -58,6 +64,8 @@ class _Encoded:
     def __init__(self, image: Image.Image, mode: str) -> None:
         self._image = image
         self._mode = mode
+        if image.format == "TIFF":
+            image.load()  # turns it, and only then tells its size in every version of PIL
         turned = image.getexif().get(_ORIENTATION) in _TURNED
         self.size = (image.width, image.height) if turned else (image.height, image.width)
 
@@ -67,25 +75,20 @@ class _Encoded:
         if min(at_least) > 0:
             height, width = at_least if self.size == (image.height, image.width) else at_least[::-1]
             image.draft(image.mode, (width, height))  # nothing but a JPEG does anything here
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in _EIGHT_BITS:  # grey of 16 or 32 bits
             array = np.asarray(image)
-            if self._image.format == "PNG":  # never more than 16 bits, though older PILs hold them in 32
+            if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which PIL may hold in 32
                 array = array.astype(np.uint16)
-            return _array(array, 3 if self._mode == "RGB" else 1)
+            return _as_pixels(array[None]).expand(len(self._mode), -1, -1)
         if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert(self._mode)
+        return image if image.mode == self._mode else image.convert(self._mode)
 
 
 def _open(file: str | Path | bytes) -> Image.Image:
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-
-
-def _load_array(file: str | Path | bytes) -> "np.ndarray[Any, Any]":
-    array: np.ndarray[Any, Any] = np.load(io.BytesIO(file) if isinstance(file, bytes) else file, allow_pickle=False)
-    return array
 
 
 def _plain(file: str | Path | bytes, in_chans: int) -> bool:
@@ -100,37 +103,80 @@ def _plain(file: str | Path | bytes, in_chans: int) -> bool:
         return False
 
 
-def _read_tiff(file: str | Path | bytes) -> "np.ndarray[Any, Any]":
+def _read_tiff(file: str | Path | bytes, in_chans: int) -> Tensor:
     try:
         import tifffile
     except ImportError as error:
         raise ImportError("TIFFs of many bands, or of more than 8 bits, need pip install 'fcmae[tiff]'") from error
     with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-        series = opened.series[0]
-        largest = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)  # where PIL refuses, too
-        if math.prod(sorted(series.shape)[-2:]) > largest:
-            raise ValueError(f"an image of shape {series.shape} has more than {largest} pixels, which may be an attack")
-        array: np.ndarray[Any, Any] = series.asarray()
-    return array
+        page, pages = opened.pages.first, [opened.pages.first]
+        if in_chans not in _MODES and page.samplesperpixel == 1 and len(opened.pages) == in_chans:
+            pages = [each.aspage() for each in opened.pages]  # a page per band, as satellites' often are
+        _check_tiff(pages, in_chans)
+        planes = [each.asarray(squeeze=False) for each in pages]  # (P, 1, H, W, S), P or S is 1
+    array = np.concatenate([each[:, 0].transpose(0, 3, 1, 2).reshape(-1, *each.shape[2:4]) for each in planes])
+    if in_chans in _MODES and page.photometric == _WHITE_IS_ZERO and array.dtype.kind == "u":
+        colours = array[: len(array) - len(page.extrasamples)]
+        np.subtract(2**page.bitspersample - 1, colours, out=colours)
+    pixels, orientation = _as_pixels(array), page.tags.valueof(_ORIENTATION, default=1)
+    pixels = (pixels.transpose(1, 2) if orientation in _TURNED else pixels).flip(_FLIPPED.get(orientation, ()))
+    return _as_seen(pixels, page.extrasamples, in_chans) if in_chans in _MODES else pixels
 
 
-def _array(array: "np.ndarray[Any, Any]", in_chans: int) -> Tensor:
-    """(H, W), (H, W, C) or (C, H, W) of any type -> (in_chans, H, W) uint8 or float32."""
-    found = array.shape
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3 and in_chans not in (array.shape[0], array.shape[2]) and 1 in (array.shape[0], array.shape[2]):
-        array = array if array.shape[0] == 1 else array.transpose(2, 0, 1)  # grey
-    elif array.ndim == 3 and array.shape[2] == in_chans:
-        array = array.transpose(2, 0, 1)
-    if array.ndim == 3 and len(array) == 1 and in_chans == 3:
-        array = array.repeat(3, axis=0)
-    if array.ndim != 3 or len(array) != in_chans or 0 in array.shape:
-        raise ChannelsError(f"an array of shape {found}, not data.in_chans={in_chans} channels")
-    convert = _CONVERT.get(array.dtype.newbyteorder("="))
-    if convert is None:
-        raise ValueError(f"pixels of type {array.dtype} are no numbers")
-    pixels = torch.from_numpy(np.ascontiguousarray(convert(array)))
+def _check_tiff(pages: "Sequence[TiffPage]", in_chans: int) -> None:
+    """Refuses, before it is decoded, what has other channels, too many pixels, or no numbers."""
+    page = pages[0]
+    channels = page.samplesperpixel * len(pages)
+    alpha = page.extrasamples in _ALPHA and page.dtype in (np.uint8, np.uint16)  # others have no known white
+    colours = channels - alpha if len(page.extrasamples) == alpha else None
+    seen = channels == in_chans or (in_chans in _MODES and colours in _MODES)
+    alike = all((each.shaped, each.dtype) == (page.shaped, page.dtype) for each in pages)
+    if not seen or not alike or page.imagedepth != 1:
+        raise ChannelsError(f"{channels} channels (shape of a page: {page.shape}), not data.in_chans={in_chans}")
+    _check(page.imagelength, page.imagewidth, page.dtype)
+
+
+def _as_seen(pixels: Tensor, extra: Sequence[int], in_chans: int) -> Tensor:
+    """Grey or RGB, perhaps with alpha -> (in_chans, H, W), on white."""
+    if len(pixels) in (2, 4):
+        pixels = as_shares(pixels)
+        colours, opacity = pixels[:-1], pixels[-1:]
+        pixels = (colours if tuple(extra) == _PREMULTIPLIED else colours * opacity) + (1 - opacity)
+    if len(pixels) > in_chans:
+        return torch.tensordot(torch.tensor(_GREY), as_shares(pixels), 1)[None]
+    return pixels.expand(in_chans, -1, -1)
+
+
+def _read_array(file: str | Path | bytes, in_chans: int) -> Tensor:
+    """(H, W), (H, W, C) or (C, H, W) -> (in_chans, H, W); the header says whether to read the rest."""
+    with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
+        version = np.lib.format.read_magic(opened)
+        later = version > (1, 0)  # the third differs from the second in the names of fields only, and pixels have none
+        read = np.lib.format.read_array_header_2_0 if later else np.lib.format.read_array_header_1_0
+        found, _, kind = read(opened)
+        shape = (*found, 1) if len(found) == 2 else found
+        channels = in_chans if in_chans != 3 or in_chans in shape[::2] else 1
+        if len(shape) != 3 or channels not in shape[::2] or min(shape) < 1:
+            raise ChannelsError(f"an array of shape {found}, not data.in_chans={in_chans} channels")
+        axis = 2 if shape[2] == channels else 0
+        height, width = shape[:2] if axis == 2 else shape[1:]
+        _check(height, width, kind)
+        opened.seek(0)
+        array = np.load(opened, allow_pickle=False).reshape(shape)
+    return _as_pixels(np.moveaxis(array, axis, 0)).expand(in_chans, -1, -1)
+
+
+def _check(height: int, width: int, kind: "np.dtype[Any] | None") -> None:
+    largest = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)  # where PIL refuses, too
+    if height * width > largest:
+        raise ValueError(f"{height} x {width} pixels are more than {largest}, which may be an attack")
+    if kind is None or kind.newbyteorder("=") not in _CONVERT:
+        raise ValueError(f"pixels of type {kind} are no numbers")
+
+
+def _as_pixels(array: "np.ndarray[Any, Any]") -> Tensor:
+    """(C, H, W) of any type -> uint8 or float32."""
+    pixels = torch.from_numpy(np.ascontiguousarray(_CONVERT[array.dtype.newbyteorder("=")](array)))
     if pixels.dtype == torch.float32 and not bool(pixels.isfinite().all()):
         raise ValueError("some pixels are no finite numbers")
     return pixels

@@ -11,7 +11,8 @@ from fcmae.data.decoding import open_picture
 from fcmae.data.picture import Picture
 from fcmae.errors import UserError
 
-_EXTENSIONS = {b"II*\0": ".tiff", b"MM\0*": ".tiff", b"\x93NUM": ".npy"}  # by first bytes; PIL knows all others
+_TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either order of bytes, small and big
+_EXTENSIONS = {**dict.fromkeys(_TIFFS, ".tiff"), b"\x93NUM": ".npy"}  # by first bytes; PIL knows all others
 
 
 class Columns(NamedTuple):
