@@ -110,6 +110,8 @@ def _read_tiff(file: str | Path | bytes, in_chans: int) -> Tensor:
         raise ImportError("TIFFs of many bands, or of more than 8 bits, need pip install 'fcmae[tiff]'") from error
     with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
         page, pages = opened.pages.first, [opened.pages.first]
+        if in_chans == 3 and page.samplesperpixel == 1 and len(opened.pages) > 1:  # surely not meant to be grey
+            raise ChannelsError(f"{len(opened.pages)} pages of one channel each, not data.in_chans=3")
         if in_chans not in _MODES and page.samplesperpixel == 1 and len(opened.pages) == in_chans:
             pages = [each.aspage() for each in opened.pages]  # a page per band, as satellites' often are
         _check_tiff(pages, in_chans)
