@@ -17,6 +17,7 @@ from torch import Tensor
 from fcmae.config_check import check_choice, check_kinds, check_whole
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.sharded import ShardedDataModule
 from fcmae.data.transforms import Crop
 from fcmae.errors import UserError
 from fcmae.evaluation.classification import ClassificationMetrics
@@ -245,6 +246,8 @@ def _options(data: DictConfig) -> dict[str, Any]:
 def _files_digest(data: LabelledDataModule, indices: Sequence[int]) -> str:
     """Changes when a file is another one, although its name is the same."""
     digest = hashlib.sha256()
+    if isinstance(data, ShardedDataModule):
+        digest.update(data.sharded.content().encode())
     if isinstance(data.source, Folder):
         digest.update(str(data.source.path.resolve()).encode())
         for index in indices:

@@ -73,6 +73,10 @@ class ParquetImages:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": OrderedDict()}  # every process reads its own
 
+    def content(self) -> str:
+        """Changes when the files do, as far as their footers tell."""
+        return repr([str(metadata.to_dict()) for metadata in self._metadata.values()])
+
     def sample_id(self, index: int) -> str:
         """`<file>#<row group>:<row>`, the file as a path below the folder that holds all of them."""
         shard, row = self._places[index]

@@ -29,6 +29,10 @@ class ShardedSource(LabelledSource, Protocol):
         """Samples in each."""
         ...
 
+    def content(self) -> str:
+        """Changes when the files do, although their names and sizes are the same."""
+        ...
+
 
 class Places:
     """Where a sample lies: from its number to a shard and the place in it.

@@ -99,6 +99,15 @@ class WebDataset:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def content(self) -> str:
+        """Changes when the files do, although their names and sizes are the same."""
+        versions = [
+            shard.version if is_remote(shard.url) else Path(shard.url).stat().st_mtime_ns for shard in self._shards
+        ]
+        return repr(
+            [(shard.size, shard.sha256, version) for shard, version in zip(self._shards, versions, strict=True)]
+        )
+
     def sample_id(self, index: int) -> str:
         """`<shard>:<place in it, from 0>`."""
         shard, place = self._places[index]
