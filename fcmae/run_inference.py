@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fcmae.config_check import check_choice, check_kinds
-from fcmae.data.folder import Folder
+from fcmae.data.folder import Folder, find_images
 from fcmae.errors import UserError
 from fcmae.files import write_text
 from fcmae.inference.batches import Compute, Output, outputs
@@ -79,9 +79,8 @@ def open_work(config: Any) -> Work:
     if not out.parent.is_dir():
         raise UserError(f"out={config.out}: the folder {out.parent} does not exist; make it, or name another")
     trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
-    place = Path(config.images).expanduser()
-    one = [place.name] if place.is_file() else None
-    images = Folder(path=place.parent if one else place, in_chans=trained.preparation.in_chans, names=one)
+    root, names = find_images([Path(config.images).expanduser()])
+    images = Folder(path=root, in_chans=trained.preparation.in_chans, names=names)
     return Work(trained, images, compute, out)
 
 

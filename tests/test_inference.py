@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         side = (30 + index % 23, 30 + index % 17)  # of many shapes
         Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).resize(side).save(file)
     shared = ["data.path=images", "data.image_size=64", "data.num_workers=0", "trainer=cpu", "run_name=x"]
-    options = ["checkpoint=null", "epochs=8", "optim.base_lr=0.05", "optim.warmup_epochs=0", "ema.decay=0.8"]
+    options = ["checkpoint=null", "epochs=16", "optim.base_lr=0.05", "optim.warmup_epochs=0", "ema.decay=0.8"]
     options += ["augment.randaugment=null", "augment.flip=false", "batch_augment=none", "model.head_init_scale=1"]
     result = command("finetune", folder, *MODEL, *shared, *options, "data.batch_size=20")
     assert result.code == 0, result.err
@@ -351,3 +351,12 @@ def test_wrong_kinds(place: Path, verb: str, option: str, message: str) -> None:
     key, _, value = option.partition("=")
     error = command(verb, place, *(f"{k}={v}" for k, v in (given | {key: value}).items())).only_error
     assert re.fullmatch(message, error), error
+
+
+def test_the_images_of_a_list_are_predicted(place: Path, tmp_path: Path) -> None:
+    files = sorted((place / "images" / "val").rglob("*.png"))[:3]
+    (tmp_path / "some.txt").write_text("\n".join(map(str, files)))
+    options = [f"checkpoint={TRAINED}", f"images={tmp_path}/some.txt", f"out={tmp_path}/p.csv", "device=cpu"]
+    assert command("predict", place, *options, "num_workers=0").code == 0
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert [line.split(",")[0].rpartition("/")[2] for line in lines[1:]] == [file.name for file in files]
