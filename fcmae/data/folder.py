@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcmae.data.datamodule import ImageDataModule
-from fcmae.data.decoding import EXTENSIONS, ChannelsError, open_picture
+from fcmae.data.decoding import EXTENSIONS, open_picture
 from fcmae.data.image_lists import LIST_EXTENSIONS, read_list
 from fcmae.data.names import Names
 from fcmae.data.picture import Picture
-from fcmae.data.source import Source
+from fcmae.data.source import Source, check_channels
 from fcmae.errors import UserError
 
 _LOOKED_AT = 100
-"""So many images at the start tell whether a list's paths, or `data.in_chans`, are wrong altogether."""
+"""So many images at the start tell whether a list's paths are wrong altogether."""
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +43,6 @@ class Folder:
     def find_names(self) -> list[str]:
         """The paths of the images, below the folder."""
         return sorted(_image_names(self.path, self.path, set()))
-
-    def check_channels(self) -> None:
-        """Refuses a number of channels that the first readable image has not.
-
-        Raises:
-            UserError: says how many it has.
-        """
-        for index in range(min(len(self), _LOOKED_AT)):
-            try:
-                self.open(index)
-            except ChannelsError as error:
-                raise UserError(
-                    f"{self.sample_id(index)} has {error}: set data.in_chans, data.mean and data.std to the files'"
-                ) from error
-            except Exception:  # decoders raise anything at a broken file, which is reported when it is read
-                continue
-            else:
-                return
 
     def __len__(self) -> int:
         return len(self._names)
@@ -92,7 +74,7 @@ class FolderDataModule(ImageDataModule):
             raise UserError("data.path=[] names nothing: give a folder of images, or several")
         root, names = find_images([Path(path).expanduser() for path in given])
         source = Folder(path=root, in_chans=self.in_chans, names=names)
-        source.check_channels()
+        check_channels(source)
         return source
 
 

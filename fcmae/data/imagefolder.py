@@ -9,6 +9,7 @@ import torch
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.names import Names
+from fcmae.data.source import check_channels
 from fcmae.errors import UserError
 
 
@@ -72,7 +73,7 @@ class ImageFolderDataModule(LabelledDataModule):
 
     def load_source(self) -> ImageFolder:
         source = ImageFolder(path=self.path, in_chans=self.in_chans)
-        source.check_channels()
+        check_channels(source)
         return source
 
 

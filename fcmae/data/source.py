@@ -6,7 +6,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fcmae.data.decoding import ChannelsError
 from fcmae.data.picture import Picture, as_shares
+from fcmae.errors import UserError
 
 LEFT_OUT = -1
 """The label of an image that could not be read, where others must not stand in for it; filled with it if several."""
@@ -75,6 +77,27 @@ class Batch(NamedTuple):
     broken: list[tuple[str, str]]
     labels: Tensor | None = None
     """(B,) int64 or (B, classes) float32, where the source has labels."""
+
+
+def check_channels(source: Source) -> None:
+    """Refuses a number of channels that the first readable picture has not, before any training.
+
+    Raises:
+        UserError: says how many it has; or the source cannot be read at all.
+    """
+    for index in range(min(len(source), 100)):
+        try:
+            source.open(index)
+        except ChannelsError as error:
+            raise UserError(
+                f"{source.sample_id(index)} has {error}: set data.in_chans, data.mean and data.std to the files'"
+            ) from error
+        except UserError:
+            raise
+        except Exception:  # decoders raise anything at a broken file, which is reported when it is read
+            continue
+        else:
+            return
 
 
 def collate(drawn: Sequence[Sequence[Sample]]) -> Batch:

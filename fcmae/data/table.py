@@ -8,6 +8,7 @@ import torch
 
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
+from fcmae.data.source import check_channels
 from fcmae.errors import UserError
 
 _SPLITS = {"train": False, "val": True}
@@ -114,5 +115,5 @@ class TableDataModule(LabelledDataModule):
 
     def load_source(self) -> Table:
         source = Table(path=self.path, table=self.table, multi_label=self.multi_label, in_chans=self.in_chans)
-        source.check_channels()
+        check_channels(source)
         return source

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.data.decoding import ChannelsError, open_picture
+from fcmae.data.decoding import open_picture
 from fcmae.data.picture import Picture
 from fcmae.data.remote import RemoteCache, default_cache, is_remote
 from fcmae.data.shard_index import Shard, file_name
 from fcmae.data.shard_list import ShardList, open_shard
 from fcmae.data.sharded import Places, ShardedDataModule
+from fcmae.data.source import check_channels
 from fcmae.data.tar_shard import TarShard
 from fcmae.errors import UserError
 
-_LOOKED_AT = 100
-"""So many samples at the start tell whether `data.in_chans` is wrong altogether."""
 _UNNAMED = 1000
 """So many classes need no names; more of them than samples are a mistake rather than classes."""
 
@@ -73,31 +72,16 @@ class WebDataset:
         self.labels = _labels(shards, self.shard_names) if read_labels else None
         self.class_names = self._named_classes(self.labels, train, held_out) if self.labels is not None else []
 
-    def check_channels(self) -> None:
-        """Refuses a number of channels that the first readable sample has not; of a local shard, others are fetched.
-
-        Raises:
-            UserError: says how many it has, or that the shard cannot be read.
-        """
-        for index in range(0 if is_remote(self._shards[0].url) else min(len(self), _LOOKED_AT)):
-            try:
-                self.open(index)
-            except ChannelsError as error:
-                raise UserError(
-                    f"{self.sample_id(index)} has {error}: set data.in_chans, data.mean and data.std to the files'"
-                ) from error
-            except UserError:
-                raise
-            except Exception:  # decoders raise anything at a broken file, which is reported when it is read
-                continue
-            else:
-                return
-
     def __len__(self) -> int:
         return len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no shard has to be fetched."""
+        return not any(is_remote(shard.url) for shard in self._shards)
 
     def content(self) -> str:
         """Changes when the files do, although their names and sizes are the same."""
@@ -198,7 +182,8 @@ class WebDatasetDataModule(ShardedDataModule):
             most_open=2 * self.mixed_shards,  # those mixed now, and those that other samples of a batch come from
             read_labels=self.read_labels,
         )
-        source.check_channels()
+        if source.is_local:  # other shards would be fetched
+            check_channels(source)
         return source
 
 
