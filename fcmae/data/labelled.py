@@ -167,7 +167,7 @@ class LabelledDataModule(ImageDataModule):
             members = [*members, (~self.labels[torch.as_tensor(train)].any(1)).nonzero()[:, 0]]
         for index, positions in enumerate(members):
             generator = torch.Generator().manual_seed(mix_seed("few labels", self.seed, index))
-            wanted_count = self.shots or max(1, round(self.fraction * len(positions)))  # of those there are
+            wanted_count = self.shots or max(1, round(self.fraction * len(positions)))
             order = torch.randperm(len(positions), generator=generator)[:wanted_count]
             chosen |= {train[position] for position in positions[order].tolist()}
         return sorted(chosen)
