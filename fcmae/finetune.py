@@ -1,12 +1,13 @@
 """`python -m fcmae.finetune +model=tiny checkpoint=outputs/pretrain/x data.path=DIR`: classification."""
 
-import logging
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 
-from fcmae.checkpoints.format import describe
+from fcmae.checkpoints.format import describe, read_checkpoint
+from fcmae.checkpoints.lineage import Lineage
 from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.weights import read_weights
 from fcmae.config_check import check_choice, check_run, check_same_input
@@ -18,8 +19,6 @@ from fcmae.training.classification import ClassificationModule
 from fcmae.training.classification_loss import ClassificationLoss, balanced_weights
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.session import Parts, train
-
-log = logging.getLogger("fcmae.finetune")  # also where this is __main__
 
 
 def finetune(config: DictConfig) -> None:
@@ -47,44 +46,38 @@ def finetune(config: DictConfig) -> None:
                 "data=webdataset or data=hf"
             )
         data.leave_out_broken = True
-        going_on = config.resume != "never" and folder.newest_checkpoint() is not None
-        module, lines = _module(config, setting.config, data, going_on)
+        earlier = None if config.resume == "never" else folder.newest_checkpoint()
+        module, lines = _module(config, setting.config, data, earlier)
 
-        def say() -> None:
-            for line in lines:
-                log.info(line)
-
-        return Parts(module=module, data=data, best_by=module.best_by, say=say)
+        return Parts(module=module, data=data, best_by=module.best_by, lines=lines)
 
     train(setting, parts)
 
 
 def _module(
-    config: DictConfig, plain: dict[str, Any], data: LabelledDataModule, going_on: bool
+    config: DictConfig, plain: dict[str, Any], data: LabelledDataModule, earlier: Path | None
 ) -> tuple[ClassificationModule, list[str]]:
     """The classifier with its weights, and what is to be said of them."""
     counts = data.class_counts()
     batch_augment = build(config.batch_augment)
     batch_augment.check(batch_size=data.batch_size, multi_label=data.is_multi_label)
     net = build(config.model, num_classes=len(data.class_names))
-    description = describe(
-        plain,
-        task="classification",
-        class_names=data.class_names,
-        multi_label=data.is_multi_label,
-        crop_pct=plain["augment"].get("crop_pct", 1.0),
-    )
-    if going_on:  # what it started from may be gone by now
-        lines = []
+    lineage: Lineage = []
+    if earlier is not None:  # what it started from may be gone by now
+        lines, lineage = [], read_checkpoint(earlier)["fcmae"].get("lineage", [])
     elif config.checkpoint is None:
         lines = ["weights: fresh ones (checkpoint=null)"]
     else:
         weights = read_weights(config.checkpoint)
         theirs = (weights.description or {}).get("class_names", data.class_names)
         report = load_into(
-            net, weights, adapt_in_chans=config.adapt_in_chans, keep_head=list(theirs) == data.class_names
+            net,
+            weights,
+            adapt_in_chans=config.adapt_in_chans,
+            keep_head=list(theirs) == data.class_names,
+            strict=config.strict,
         )
-        lines = report.lines()
+        lines, lineage = report.lines(), weights.descent()
     class_weights = None
     if config.class_weights == "balanced":
         class_weights = balanced_weights(counts, len(data.split()[0]), multi_label=data.is_multi_label)
@@ -98,7 +91,14 @@ def _module(
         ema=_average(config, net),
         linear=config.mode == "linear",
         seed=config.seed,
-        description=description,
+        description=describe(
+            plain,
+            task="classification",
+            lineage=lineage,
+            class_names=data.class_names,
+            multi_label=data.is_multi_label,
+            crop_pct=plain["augment"].get("crop_pct", 1.0),
+        ),
     )
     return module, [*lines, f"classes: {len(counts)}, of {int(counts.min())} to {int(counts.max())} training images"]
 

@@ -93,6 +93,8 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     def form(argument: str) -> str:
         key, equals, value = argument.partition("=")
         name = key.removeprefix("+")
+        if equals and verb == "finetune" and name == "init":  # what pre-training calls it
+            return f"checkpoint={value}"
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
         return argument

@@ -13,6 +13,7 @@ from fcmae.training.callbacks.reconstructions import Reconstructions
 from fcmae.training.pretraining import PretrainModule
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.session import Parts, train
+from fcmae.training.warm_start import WarmStartAdamW, start_from
 
 
 def pretrain(config: DictConfig) -> None:
@@ -29,18 +30,23 @@ def pretrain(config: DictConfig) -> None:
     check_same_input(config)
     check_choice(config, "probe.kind", ("knn", "linear"))
     check_whole(config, "probe.every_n_epochs", least=1)
+    check_choice(config, "strict", (True, False))
+    if config.warm_start.decoder_steps is not None:
+        check_whole(config, "warm_start.decoder_steps", least=0)
     command = f"python -m fcmae.finetune +model={config.model.size} checkpoint={config.run_dir} data.path=DIR"
     setting = run_setting(config, next_command=command)
 
     def parts(folder: RunFolder) -> Parts:
         data: ImageDataModule = build(config.data)
         data.split()  # finds the images, or says that there are none
-        module = PretrainModule(
-            model=build(config.model),
-            optim=build(config.optim),
-            seed=config.seed,
-            description=describe(setting.config, task="pretraining"),
-        )
+        earlier = None if config.resume == "never" else folder.newest_checkpoint()
+        model, optim = build(config.model), build(config.optim)
+        options = {"adapt_in_chans": config.adapt_in_chans, "strict": config.strict}
+        start = start_from(config.init, model, earlier=earlier, **options)
+        if config.init is not None:
+            optim = WarmStartAdamW.of(optim, **setting.config["warm_start"], new_decoder=start.new_decoder)
+        description = describe(setting.config, "pretraining", lineage=start.lineage, new_decoder=start.new_decoder)
+        module = PretrainModule(model=model, optim=optim, seed=config.seed, description=description)
         pictures = Reconstructions(folder=folder.images, pictures=config.pictures)
         probes = (
             []
@@ -48,7 +54,11 @@ def pretrain(config: DictConfig) -> None:
             else [OnlineProbe(images=data, **setting.config["probe"] | {"stages": stage_numbers(config.probe.stages)})]
         )
         return Parts(
-            module=module, data=data, callbacks=[pictures, *probes], best_by=[probe.metric for probe in probes]
+            module=module,
+            data=data,
+            callbacks=[pictures, *probes],
+            best_by=[probe.metric for probe in probes],
+            lines=start.lines,
         )
 
     train(setting, parts)

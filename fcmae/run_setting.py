@@ -71,9 +71,10 @@ def _of_the_run(config: DictConfig) -> dict[str, Any]:
 
 def _of_the_checkpoint(config: DictConfig) -> dict[str, Any]:
     """How images were prepared for the network that a run starts from, if its file says so."""
-    if config.get("checkpoint") is None or _of_the_run(config):
+    start = config.get("checkpoint") or config.get("init")
+    if start is None or _of_the_run(config):
         return {}
-    given: dict[str, Any] = (read_weights(config.checkpoint).description or {}).get("input", {})
+    given: dict[str, Any] = (read_weights(start).description or {}).get("input", {})
     return given
 
 

@@ -2,31 +2,41 @@
 
 import pickle
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fcmae
+from fcmae.checkpoints.lineage import Lineage
+from fcmae.checkpoints.recipe import recipe
 from fcmae.errors import UserError
 
 FORMAT = 1
+DESCRIPTION = "fcmae.json"
+"""Beside exported weights: what our checkpoints say of themselves."""
 
 
-def describe(config: dict[str, Any], task: str, **more: Any) -> dict[str, Any]:
+def describe(config: dict[str, Any], task: str, *, lineage: Lineage, **more: Any) -> dict[str, Any]:
     """What a checkpoint says of itself: plain data from which the model can be made again.
 
     Args:
         config: of the run, resolved, as plain dictionaries with `model` and `data`.
         task: pretraining or classification.
+        lineage: of the weights that it starts from; empty from scratch.
         more: what else the task's models need to be used.
     """
     return {
         "format": FORMAT,
         "fcmae": fcmae.__version__,
         "task": task,
+        "run_name": config.get("run_name"),
         "model": config["model"],
         "input": {key: config["data"][key] for key in ("image_size", "in_chans", "mean", "std")},
+        "recipe": recipe(config),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "lightning")},
+        "lineage": lineage,
         **more,
     }
 

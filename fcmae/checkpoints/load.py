@@ -1,17 +1,24 @@
-"""A model back from a checkpoint, without running anything that the checkpoint says."""
+"""A masked autoencoder back from a file, without running anything that the file says."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fcmae.checkpoints.format import FORMAT, newest_checkpoint, read_checkpoint
+from fcmae.checkpoints.load_autoencoder import load_autoencoder
+from fcmae.checkpoints.names import STEM, Size, has_grn
+from fcmae.checkpoints.weights import Weights, is_classifier, read_weights
 from fcmae.errors import UserError
 from fcmae.masking import Masking, RandomMask
 from fcmae.models.create import create_model
 from fcmae.models.fcmae import FCMAE
 from fcmae.models.targets import Pixels, Target
 
+log = logging.getLogger(__name__)
+
+_PER_STAGE = ("depths", "dims")
 _MASKINGS = {"fcmae.masking.RandomMask": RandomMask}
 _TARGETS = {"fcmae.models.targets.Pixels": Pixels}
 
@@ -19,63 +26,83 @@ _TARGETS = {"fcmae.models.targets.Pixels": Pixels}
 def load(
     path: str | Path, *, masking: Masking | None = None, target: Target | None = None, engine: str = "auto"
 ) -> FCMAE:
-    """The masked autoencoder of a checkpoint, in evaluation mode, on the CPU.
+    """The masked autoencoder of any file that `read_weights` reads, in evaluation mode, on the CPU.
+
+    One of our pre-training, or the authors', comes back whole; of any other file it is the encoder, with a new decoder,
+    and a warning says so. Sizes follow from the weights. The authors' model of pre-training is taken as their code
+    runs it, with GRN's norms over the whole batch.
 
     Args:
-        path: a run's folder (its newest loadable checkpoint is taken) or a `.ckpt` file.
+        path: a run's folder (its newest loadable checkpoint is taken), a file, an export, `hf-hub:user/name` or
+            `timm:model.tag`.
         masking: instead of the checkpoint's own; needed where that is not one of fcmae's.
         target: likewise.
         engine: computes the model here, whichever it was trained with.
 
     Raises:
-        UserError: no checkpoint there, a truncated one, not one of ours, or one whose weights do not fit its model.
+        UserError: nothing there, a truncated file, one of another network, or weights that do not fit each other.
     """
-    file = newest_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
-    if file is None:
-        raise UserError(f"{path} holds no checkpoint that can be read: give a run's folder")
-    checkpoint = read_checkpoint(file)
-    description = checkpoint["fcmae"]
-    if description["format"] != FORMAT:
-        raise UserError(f"{file} has format {description['format']}, this fcmae reads {FORMAT}")
-    if description.get("task") == "classification":
-        raise UserError(f"{file} holds a classifier, no masked autoencoder: use fcmae.load_trained")
-    options = dict(description["model"]) | {"engine": engine}
-    options["masking"] = masking or _build(options.get("masking"), _MASKINGS, "masking", file)
-    options["target"] = target or _build(options.get("target"), _TARGETS, "target", file)
-    if options.pop("_target_", None) != "fcmae.models.create.create_model":
-        raise UserError(f"{file} holds a model that fcmae.create_model did not make")
+    weights = read_weights(path)
+    options = _described(weights, masking, target) | {"engine": engine}
+    _check_sizes(options, sizes := _sizes(weights), weights.file)
+    options |= sizes
     try:
+        with torch.device("meta"):  # nothing is allocated before all is known to fit
+            load_autoencoder(create_model(**options), weights)
         model = create_model(**options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file} asks for a model that this fcmae cannot make ({error})") from error
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith("model.")
-    }
-    load_weights(model, weights, file)
+        if isinstance(error, UserError) and str(error).startswith(str(weights.file)):
+            raise
+        raise UserError(f"{weights.file} asks for a model that this fcmae cannot make ({error})") from error
+    report = load_autoencoder(model, weights)
+    if report.why_fresh:
+        log.warning(
+            "%s: the decoder is new, %s; train it before you trust a prediction", weights.file, report.why_fresh
+        )
     model.encoder.net.head.requires_grad_(True)  # frozen in pre-training, wanted by whoever fine-tunes the net
     return model.eval()
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, Any], file: Path) -> None:
-    """Loads all of `weights` into all of `model`.
+def _described(weights: Weights, masking: Masking | None, target: Target | None) -> dict[str, Any]:
+    """The options of `create_model` that do not follow from the weights."""
+    if weights.description is None or not weights.ours or is_classifier(weights.description):
+        scope = {"grn_scope": "batch"} if weights.layout == "minkowski" else {}
+        return {"masking": masking, "target": target, **scope}
+    options = dict(weights.description["model"])
+    if options.pop("_target_", None) != "fcmae.models.create.create_model":
+        raise UserError(f"{weights.file} holds a model that fcmae.create_model did not make")
+    if not weights.decoder:
+        options = {name: value for name, value in options.items() if name not in ("decoder_depth", "decoder_dim")}
+    options["masking"] = masking or _build(options.get("masking"), _MASKINGS, "masking", weights.file)
+    options["target"] = target or _build(options.get("target"), _TARGETS, "target", weights.file)
+    return options
 
-    Raises:
-        UserError: a name is missing, left over or of another shape.
-    """
-    own = model.state_dict()
-    missing, left_over = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    differing = sorted(name for name in own.keys() & weights.keys() if own[name].shape != _shape(weights[name]))
-    if missing or left_over or differing:
-        found = [("missing", missing), ("left over", left_over), ("of another shape", differing)]
-        told = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in found if names)
-        raise UserError(f"{file} does not fit the model: {told}")
-    model.load_state_dict(weights)
+
+def _sizes(weights: Weights) -> dict[str, Any]:
+    """Those that do, whatever the file says of itself."""
+    size = Size.of(weights.weights)
+    options: dict[str, Any] = {
+        "size": size.name,
+        "depths": size.depths,
+        "dims": size.dims,
+        "in_chans": weights.weights[STEM].shape[1],
+        "use_grn": has_grn(weights.weights),
+    }
+    if weights.decoder:
+        numbers = {int(found[1]) for name in weights.decoder if (found := re.match(r"blocks\.([0-9]{1,4})\.", name))}
+        options |= {"decoder_depth": len(numbers), "decoder_dim": weights.decoder["mask_token"].shape[1]}
+    return options
 
 
-def _shape(value: Any) -> torch.Size | None:
-    return value.shape if isinstance(value, torch.Tensor) else None
+def _check_sizes(said: dict[str, Any], held: dict[str, Any], file: Path) -> None:
+    for name, value in held.items():
+        stated = said.get(name)
+        if (
+            name != "size"
+            and stated is not None
+            and stated not in (value, list(value) if name in _PER_STAGE else value)
+        ):
+            raise UserError(f"{file} contradicts itself: it says {name}={stated} and holds {value}; it is damaged")
 
 
 def _build(spec: Any, allowed: dict[str, Any], what: str, file: Path) -> Any:

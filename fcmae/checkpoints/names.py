@@ -3,12 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 from torch import Tensor
-
-from fcmae.errors import UserError
 
 STEM = "stem.0.weight"
 
@@ -26,9 +22,32 @@ OFFICIAL_TO_TIMM = {
     "norm.{p}": "head.norm.{p}",
     "head.{p}": "head.fc.{p}",
 }
+# Those of transformers' ConvNextV2ForImageClassification -> timm's; GRN is (1, 1, 1, C) there too.
+HF_TO_TIMM = {
+    "convnextv2.embeddings.patch_embeddings.{p}": "stem.0.{p}",
+    "convnextv2.embeddings.layernorm.{p}": "stem.1.{p}",
+    "convnextv2.encoder.stages.{d}.downsampling_layer.{k}.{p}": "stages.{d}.downsample.{k}.{p}",
+    "convnextv2.encoder.stages.{i}.layers.{j}.dwconv.{p}": "stages.{i}.blocks.{j}.conv_dw.{p}",
+    "convnextv2.encoder.stages.{i}.layers.{j}.layernorm.{p}": "stages.{i}.blocks.{j}.norm.{p}",
+    "convnextv2.encoder.stages.{i}.layers.{j}.pwconv1.{p}": "stages.{i}.blocks.{j}.mlp.fc1.{p}",
+    "convnextv2.encoder.stages.{i}.layers.{j}.grn.{p}": "stages.{i}.blocks.{j}.mlp.grn.{p}",
+    "convnextv2.encoder.stages.{i}.layers.{j}.pwconv2.{p}": "stages.{i}.blocks.{j}.mlp.fc2.{p}",
+    "convnextv2.layernorm.{p}": "head.norm.{p}",
+    "classifier.{p}": "head.fc.{p}",
+}
+# Those of the authors' decoder of pre-training -> those of ours.
+DECODER_TO_OURS = {
+    "decoder.{j}.dwconv.{p}": "blocks.{j}.conv_dw.{p}",
+    "decoder.{j}.norm.{p}": "blocks.{j}.norm.{p}",
+    "decoder.{j}.pwconv1.{p}": "blocks.{j}.mlp.fc1.{p}",
+    "decoder.{j}.grn.gamma": "blocks.{j}.mlp.grn.weight",
+    "decoder.{j}.grn.beta": "blocks.{j}.mlp.grn.bias",
+    "decoder.{j}.pwconv2.{p}": "blocks.{j}.mlp.fc2.{p}",
+    "proj.{p}": "proj.{p}",
+    "pred.{p}": "pred.{p}",
+    "mask_token": "mask_token",
+}
 _STANDS_FOR = {"d": "[1-3]", "i": "[0-3]", "j": "[0-9]+", "k": "[01]", "p": "weight|bias"}
-
-Layout = Literal["timm", "official", "minkowski"]
 
 # Depths, and the channels of the first stage, which double from stage to stage (paper appendix A; `small` is timm's).
 _SIZES = {
@@ -86,29 +105,23 @@ def timm_name(official: str) -> str | None:
 
 def official_name(timm: str) -> str | None:
     """The other way round."""
-    return _translate(timm, {theirs: official for official, theirs in OFFICIAL_TO_TIMM.items()})
+    return _translate(timm, _inverse(OFFICIAL_TO_TIMM))
 
 
-def to_timm(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' dense weights in timm's names; one that is not in the table keeps its own."""
-    return {
-        timm_name(name) or name: value.reshape(-1) if ".grn." in name else value for name, value in official.items()
-    }
+def renamed(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Weights of others in timm's names, or our decoder's, GRN (C,); one that is not in the table keeps its name."""
+    names = {name: _translate(name, table) or name for name in weights}
+    return {names[name]: value.reshape(-1) if ".grn." in name else value for name, value in weights.items()}
 
 
-def layout(names: Iterable[str]) -> Layout | None:
-    """Whose names these are; None if they are none of a ConvNeXt.
+def to_official(timm: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's weights in the names and shapes of the authors' dense models."""
+    return _for_others(timm, OFFICIAL_TO_TIMM)
 
-    `official` is the authors' dense model, `minkowski` their sparse one of pre-training. Complete they need not be.
-    """
-    names = set(names)
-    if any(re.search(r"(^|\.)dwconv\.kernel$|\.\d+\.ln\.weight$|\.pwconv\d\.linear\.", name) for name in names):
-        return "minkowski"
-    if STEM in names and any(name.endswith(".conv_dw.weight") for name in names):
-        return "timm"
-    if "downsample_layers.0.0.weight" in names and any(name.endswith(".dwconv.weight") for name in names):
-        return "official"
-    return None
+
+def to_hf(timm: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's weights in the names and shapes of transformers' ConvNextV2ForImageClassification."""
+    return _for_others(timm, HF_TO_TIMM)
 
 
 def has_grn(weights: Iterable[str]) -> bool:
@@ -116,40 +129,21 @@ def has_grn(weights: Iterable[str]) -> bool:
     return any(".mlp.grn." in name for name in weights)
 
 
-def in_timm_names(state: Any, file: Path) -> tuple[dict[str, Tensor], Layout]:
-    """A state dict of a ConvNeXt V2 in timm's names, and the layout that it was in.
+def _for_others(timm: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    names = {name: _translate(name, _inverse(table)) for name in timm}
+    unknown = [name for name, theirs in names.items() if theirs is None]
+    assert not unknown, f"no ConvNeXt V2 in timm's names: {unknown[:3]}"
 
-    Args:
-        state: what `file` has in the place of a state dict; names may begin with `module.` or `_orig_mod.`.
-        file: named in the error.
+    def shaped(name: str, value: Tensor) -> Tensor:
+        if ".mlp.grn." in name:
+            return value.view(1, 1, 1, -1)
+        return value.flatten(1) if ".mlp.fc" in name and value.ndim == 4 else value
 
-    Raises:
-        UserError: it is no state dict, or of another network.
-    """
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
-    ):
-        raise UserError(f"{file} holds no state dict, names with a tensor each: give one of a ConvNeXt V2")
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
-    found = layout(weights)
-    if found == "minkowski":
-        raise UserError(
-            f"{file} holds the authors' pre-training model as MinkowskiEngine has it, which is not read yet: "
-            "give its encoder with dense layers, as the authors publish it"
-        )
-    if found is None:
-        first = next(iter(weights))
-        raise UserError(f"{file} is no ConvNeXt V2 in timm's or the authors' names (it has {first}): give another file")
-    if found == "official":
-        weights = to_timm(weights)
-    if any(re.fullmatch(r"stages\.\d\.blocks\.\d+\.gamma", name) for name in weights):
-        raise UserError(f"{file} holds a ConvNeXt of the first version, with layer scale: give a ConvNeXt V2")
-    size = Size.of(weights)
-    if 0 in (*size.depths, *size.dims) or weights[STEM].ndim != 4:
-        raise UserError(f"{file} holds only part of a ConvNeXt V2, {size}: give one with four stages")
-    return weights, found
+    return {str(names[name]): shaped(name, value) for name, value in timm.items()}
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
 
 
 def _translate(name: str, table: Mapping[str, str]) -> str | None:

@@ -1,14 +1,17 @@
 """A trained network back from a checkpoint, with what has to be known to use it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models.convnext import ConvNeXt
+from torch import Tensor
 
 from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.names import STEM, Size, has_grn
 from fcmae.checkpoints.weights import Weights, read_weights
+from fcmae.data.classification_transforms import check_crop_pct
 from fcmae.data.preparation import Preparation
 from fcmae.errors import UserError
 from fcmae.models.convnext import create_convnext
@@ -42,7 +45,7 @@ def load_trained(path: str | Path, *, ema: bool | None = None, image_size: tuple
     there are not three channels), classes named by their numbers.
 
     Args:
-        path: a run's folder, a checkpoint, an export or a state dict.
+        path: as for `read_weights`: a run's folder, a checkpoint, an export, others' files, a name on the hub.
         ema: the moving average of the weights (True), the weights themselves (False), or the average where there is
             one (None).
         image_size: (height, width) in pixels, instead of that of training.
@@ -51,37 +54,56 @@ def load_trained(path: str | Path, *, ema: bool | None = None, image_size: tuple
         UserError: as `read_weights`, or the file says of itself what cannot be.
     """
     source = read_weights(path, ema=ema)
-    size, in_chans = Size.of(source.weights), int(source.weights[STEM].shape[1])
+    in_chans = int(source.weights[STEM].shape[1])
     classes = len(source.weights["head.fc.weight"]) if "head.fc.weight" in source.weights else 0
-    net = create_convnext(
+    with torch.device("meta"):  # nothing is allocated before all is known to fit
+        load_into(_network(source.weights, in_chans=in_chans, classes=classes), source)
+    net = _network(source.weights, in_chans=in_chans, classes=classes)
+    load_into(net, source)
+    try:
+        names, preparation = _said(source, classes=classes, in_chans=in_chans)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{source.file} contradicts itself ({error}); it is damaged, take another checkpoint of the run"
+        ) from error
+    return Trained(
+        net=net.eval(),
+        source=source,
+        preparation=replace(preparation, image_size=image_size or preparation.image_size),
+        class_names=names,
+        multi_label=bool((source.description or {}).get("multi_label", False)),
+    )
+
+
+def _said(source: Weights, *, classes: int, in_chans: int) -> tuple[tuple[str, ...], Preparation]:
+    """What a file says of classes and pictures, or what is usual where it does not."""
+    said = source.description or {}
+    names = tuple(map(str, said.get("class_names", range(classes)))) if classes else ()
+    if len(names) != classes:
+        if source.ours:
+            raise ValueError(f"{classes} classes with {len(names)} names")
+        names = tuple(map(str, range(classes)))
+    given: dict[str, Any] = said.get("input", {})
+    side = given.get("image_size", 224)
+    height, width = (side, side) if isinstance(side, int) else side
+    if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+        raise ValueError(f"image_size={side!r}")
+    default = (_IMAGENET_MEAN, _IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+    mean, std = (tuple(map(float, given.get(key, value))) for key, value in zip(("mean", "std"), default, strict=True))
+    if not len(mean) == len(std) == in_chans:
+        raise ValueError(f"{in_chans} channels with {len(mean)} means and {len(std)} deviations")
+    crop_pct = said.get("crop_pct", "auto")
+    check_crop_pct(crop_pct)
+    return names, Preparation(image_size=(height, width), mean=mean, std=std, crop_pct=crop_pct)
+
+
+def _network(weights: dict[str, Tensor], *, in_chans: int, classes: int) -> ConvNeXt:
+    size = Size.of(weights)
+    return create_convnext(
         "custom",
         depths=size.depths,
         dims=size.dims,
         in_chans=in_chans,
         num_classes=classes,
-        use_grn=has_grn(source.weights),
-    )
-    load_into(net, source)
-    said = source.description or {}
-    names = tuple(map(str, said.get("class_names", range(classes))))
-    given: dict[str, Any] = said.get("input", {})
-    side = given.get("image_size", 224)
-    default = (_IMAGENET_MEAN, _IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
-    mean, std = (tuple(given.get(key, value)) for key, value in zip(("mean", "std"), default, strict=True))
-    if (classes and len(names) != classes) or not len(mean) == len(std) == in_chans:
-        raise UserError(
-            f"{source.file} contradicts itself: {classes} classes with {len(names)} names, {in_chans} channels with "
-            f"{len(mean)} means; the file is damaged, take another checkpoint of the run"
-        )
-    return Trained(
-        net=net.eval(),
-        source=source,
-        preparation=Preparation(
-            image_size=image_size or ((side, side) if isinstance(side, int) else (side[0], side[1])),
-            mean=mean,
-            std=std,
-            crop_pct=said.get("crop_pct", "auto"),
-        ),
-        class_names=names if classes else (),
-        multi_label=bool(said.get("multi_label", False)),
+        use_grn=has_grn(weights),
     )

@@ -1,5 +1,6 @@
 """One run, from a checked configuration to its end: the folder, the lock, the loggers, the fit, the report."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from fcmae.training.loggers import start_loggers, wandb_run_id
 from fcmae.training.module import TrainingModule
 from fcmae.training.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -36,14 +39,14 @@ class Parts:
         data: images to train on.
         callbacks: of this verb alone.
         best_by: metrics by which a checkpoint is the best.
-        say: tells what is about to happen, in the run's log.
+        lines: what is about to happen, for the run's log.
     """
 
     module: TrainingModule
     data: ImageDataModule
     callbacks: Sequence[L.Callback] = ()
     best_by: Sequence[str] = ()
-    say: Callable[[], None] = lambda: None
+    lines: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,8 @@ def train(setting: Setting, make_parts: Callable[[RunFolder], Parts]) -> None:
             folder.create(config, setting.overrides)
         run_id = wandb_run_id(folder.path) if "wandb" in config["logger"] else None
         trainer.loggers = start_loggers(setting.loggers(run_id), folder)
-        parts.say()
+        for line in parts.lines:
+            log.info(line)
         report.start(folder, parts.module, parts.data, trainer, checkpoint)
         _fit(setting, folder, parts, trainer, checkpoint)
 
