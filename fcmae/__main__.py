@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": "say how good a classifier, or a frozen encoder, is",
     "predict": "write the classes of images to a table",
     "embed": "write the features of images to a table",
+    "export": "write a trained network for timm, transformers, ONNX ..., and prove it",
     "shard": "pack images into shards, to read them fast and from afar",
     "bench": "time training steps against the masked dense network",
 }

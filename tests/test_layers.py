@@ -19,6 +19,7 @@ FLOORS = [
     {"models"},
     {"data", "checkpoints", "evaluation"},
     {"inference"},
+    {"conversion"},
     {"training"},
     {"benchmark"},
 ]

@@ -24,6 +24,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m fcmae.")
 ]
+PYTHON = [block for language, block in BLOCKS if language == "python"]
 SHORTER = {
     "fcmae.pretrain": [
         "epochs=1",
@@ -39,6 +40,7 @@ SHORTER = {
     "fcmae.evaluate": ["num_workers=0", "device=cpu"],
     "fcmae.predict": ["num_workers=0", "device=cpu"],
     "fcmae.embed": ["num_workers=0", "device=cpu"],
+    "fcmae.export": [],
 }
 ALONE = [command for command in COMMANDS if command[2] in ("fcmae.pretrain", "fcmae.shard", "fcmae.bench")]
 AFTER = [command for command in COMMANDS if command not in ALONE]  # each uses what those before it have made
@@ -97,13 +99,18 @@ def test_the_commands_after_pre_training(photos: Path, tmp_path: Path, monkeypat
     assert np.load(tmp_path / "features.npy").shape == (24, 768)
     assert (tmp_path / "outputs/evaluate/finetune-tiny-imagefolder/confusion.png").is_file()
     assert (tmp_path / "outputs/evaluate/pretrain-tiny-folder-knn/metrics.json").is_file()
+    shutil.copy(photos / "0.jpg", "image.jpg")
+    (snippet,) = (block for block in PYTHON if "pipeline" in block)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert {entry["label"] for entry in names["classifier"]("image.jpg")} == {"cat", "dog"}
 
 
 def test_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
     run(["python", "-m", "fcmae.pretrain", "+model=tiny"], tmp_path)
-    snippets = [block for language, block in BLOCKS if language == "python"]
+    snippets = [block for block in PYTHON if "pipeline" not in block]
     assert len(snippets) == 3
     names: dict[str, Any] = {"images": torch.randn(2, 3, 96, 96)}
     exec(snippets[0], names)

@@ -124,12 +124,18 @@ def evaluation_transform(size: tuple[int, int], crop_pct: float | str = "auto") 
         size: (height, width) of the result in pixels.
         crop_pct: side of the crop as a share of the resized picture's; `auto`: 0.875 below 384 px, else warp.
     """
+    share = crop_share(size, crop_pct)
+    if share is None:
+        return partial(_warp, size=size)
+    return partial(_resize_and_crop, size=size, crop_pct=share)
+
+
+def crop_share(size: tuple[int, int], crop_pct: float | str) -> float | None:
+    """The crop's side as a share of the resized picture's; None where whole pictures are warped."""
     check_crop_pct(crop_pct)
     if crop_pct == "auto":
-        crop_pct = 0.875 if max(size) < WARP_FROM else "warp"
-    if crop_pct == "warp":
-        return partial(_warp, size=size)
-    return partial(_resize_and_crop, size=size, crop_pct=float(crop_pct))
+        return 0.875 if max(size) < WARP_FROM else None
+    return None if crop_pct == "warp" else float(crop_pct)
 
 
 def check_crop_pct(crop_pct: float | str) -> None:

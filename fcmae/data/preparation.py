@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fcmae.data.classification_transforms import evaluation_transform
+from fcmae.data.classification_transforms import crop_share, evaluation_transform
 from fcmae.data.loader import Normalization
 from fcmae.data.transforms import Transform
 
@@ -27,6 +27,11 @@ class Preparation:
     def in_chans(self) -> int:
         """Channels of an image."""
         return len(self.mean)
+
+    @property
+    def crop_share(self) -> float | None:
+        """The crop's side as a share of the resized picture's; None where whole pictures are warped."""
+        return crop_share(self.image_size, self.crop_pct)
 
     def transform(self) -> Transform:
         """PIL image -> (C, H, W) uint8."""

@@ -1,0 +1,57 @@
+"""`python -m fcmae.export checkpoint=outputs/finetune/x to=hf out=DIR`: a trained network for other libraries."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fcmae.config_check import check_choice
+from fcmae.conversion.exporting import check_out, convert
+from fcmae.conversion.formats import FORMATS, get_conversion
+from fcmae.conversion.push import check_login, check_name, push
+from fcmae.errors import UserError
+from fcmae.inference.trained import load_trained
+from fcmae.launch import run
+from fcmae.run_inference import image_sides
+
+
+def export(config: DictConfig) -> None:
+    """Writes a trained network in another library's format and shows that it computes the same there.
+
+    Raises:
+        UserError: something that the user can mend; nothing is left of the export then.
+    """
+    check_choice(config, "to", tuple(FORMATS))
+    for name in ("drop_license", "private"):
+        check_choice(config, name, (True, False))
+    check_choice(config, "ema", (None, True, False))
+    for name in ("checkpoint", "out"):
+        if not isinstance(config[name], str):
+            raise UserError(f"{name}={config[name]} must be text")
+    out = Path(config.out).expanduser()
+    check_out(out)
+    conversion = get_conversion(config.to)
+    if config.push is not None:
+        check_name(config.push)
+        check_login(config.push, private=config.private)
+    with Console(stderr=True).status("reading the checkpoint") as status:  # shown on terminals only
+        trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
+        done = convert(
+            trained,
+            conversion,
+            out,
+            to=config.to,
+            name=config.push or (str(out) if out.is_absolute() else f"./{out}"),  # no name on the hub
+            license=config.license,
+            drop_license=config.drop_license,
+            progress=status.update,
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    for line in done.lines():
+        console.print(line, markup=False)
+    if config.push is not None:
+        console.print(f"uploaded: {push(out, config.push, private=config.private)}", markup=False)
+
+
+if __name__ == "__main__":
+    run("export", export)
