@@ -270,3 +270,19 @@ def test_the_picture_at_which_a_worker_stops_is_named(what, message, tmp_path):
         list(loader)
     for worker in getattr(loader._iterator, "_workers", []):
         worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "3 steps, each image once; 2 are left out, others in each epoch"),
+        ({"batch_size": 7}, "2 steps, each image once"),
+        ({"batch_size": 4, "repeats": 2}, "7 steps, each image once, 2 crops of it"),
+        ({"samples_per_epoch": 50}, "12 steps, the next 48 samples of an endless stream of passes"),
+    ],
+)
+def test_what_an_epoch_is_is_said(options, line, tmp_path):
+    write_images(tmp_path, 17)
+    data = folder_data(tmp_path, **{"batch_size": 4, "val_images": 3} | options)
+    assert len(data.split()[0]) == 14
+    assert data.epoch_line(data.batch_size) == line

@@ -154,6 +154,19 @@ class ImageDataModule(L.LightningDataModule):
                 f"{what} are fewer than one effective batch of {effective_batch}: use {fitting} or less, or more images"
             )
 
+    def epoch_line(self, effective_batch: int) -> str:
+        """What an epoch is, for people: a pass over the images, or a part of an endless stream of passes."""
+        images = len(self.split()[0])
+        count = self.samples_per_epoch or images * self.repeats
+        steps = count // effective_batch
+        if self.weights() is not None:
+            return f"{steps} steps, images drawn by the size of their class, some more than once"
+        if self.samples_per_epoch:
+            return f"{steps} steps, the next {steps * effective_batch} samples of an endless stream of passes"
+        each = f"each image once{f', {self.repeats} crops of it' if self.repeats > 1 else ''}"
+        left = (count - steps * effective_batch) // self.repeats
+        return f"{steps} steps, {each}{f'; {left} are left out, others in each epoch' if left else ''}"
+
     def dataset(self, indices: Sequence[int], *, train: bool) -> ImageDataset:
         """Some of the images, as they come to training or to validation."""
         transform = self.augment.train(self.size) if train else self.augment.evaluate(self.size)

@@ -35,6 +35,7 @@ def start(
         trainer.num_nodes,
         trainer.accumulate_grad_batches,
     )
+    log.info("epoch: %s", data.epoch_line(module.effective_batch))
     log.info(
         "learning rate: %.3g = %.3g x %d / 256, warm-up over %g epochs, then a cosine to %g",
         optim.peak_lr(module.effective_batch),
