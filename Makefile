@@ -2,6 +2,8 @@
 PYTHON ?= python3
 SHELL := bash
 STAMP := .venv/.installed
+# The files of the tests over the machine's cores.
+PARALLEL = -n logical --maxprocesses 8 --dist loadfile
 # Print the command as one would type it with .venv active, and run it.
 RUN = @PATH="$(CURDIR)/.venv/bin:$$PATH"; PS4='$$ '; set -x;
 
@@ -17,10 +19,10 @@ demo: $(STAMP) ## pre-train the smallest model on the bundled images
 	$(RUN) python -m fcmae.pretrain +model=atto
 
 test: $(STAMP) ## run the quick tests
-	$(RUN) python -m pytest -m "not slow"
+	$(RUN) python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(STAMP) ## run all tests, the slow ones too
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest $(PARALLEL)
 
 lint: $(STAMP) ## check style and formatting
 	$(RUN) python -m ruff check .

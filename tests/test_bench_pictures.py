@@ -89,13 +89,15 @@ def test_all_readers_give_the_same_kind_of_images(tmp_path: Path) -> None:
         torch.testing.assert_close(moments[name], moments[BASELINE], rtol=0.1, atol=0.05)
 
 
-def test_the_report_is_what_was_measured() -> None:
-    threads, state, folders = torch.get_num_threads(), torch.get_rng_state(), _left_behind()
+def test_the_report_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     done: list[tuple[str, int]] = []
     report = run_pictures(CONDITIONS, lambda *told: done.append(told), sizes=[(60, 40), (90, 80)], at_least=3)[
         "pictures"
     ]
-    assert (torch.get_num_threads(), _left_behind()) == (threads, folders)
+    assert torch.get_num_threads() == threads
+    assert not list(tmp_path.iterdir())
     assert torch.equal(torch.get_rng_state(), state)
     assert {"china", "flower"} <= set(report["photographs"])
     assert list(report["libraries"]) == ["torchvision", "Pillow"]
@@ -150,7 +152,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert lines_of(shown, name)[0][0] == f"{row['median_ms']:.2f}"
     with pytest.raises(UserError, match=r"plot=out\.png shows steps, not what=pictures"):
         bench(compose("what=pictures", "plot=out.png"))
-
-
-def _left_behind() -> list[Path]:
-    return sorted(Path(tempfile.gettempdir()).glob("fcmae-pictures-*"))
