@@ -1,10 +1,13 @@
 """`python -m fcmae.export checkpoint=outputs/finetune/x to=hf out=DIR`: a trained network for other libraries."""
 
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig
 from rich.console import Console
 
+from fcmae.checkpoints.descriptions import is_license
 from fcmae.config_check import check_choice
 from fcmae.conversion.exporting import check_out, convert
 from fcmae.conversion.formats import FORMATS, get_conversion
@@ -28,7 +31,12 @@ def export(config: DictConfig) -> None:
     for name in ("checkpoint", "out"):
         if not isinstance(config[name], str):
             raise UserError(f"{name}={config[name]} must be text")
+    if config.license is not None and not is_license(config.license):
+        raise UserError(f"license={config.license} is no name of a licence: write it as apache-2.0 or cc-by-4.0")
+    if config.drop_license and config.license is None:
+        raise UserError("drop_license=true says nothing without license=: name the licence that is to take its place")
     out = Path(config.out).expanduser()
+    out = out.resolve() if out.is_symlink() else out
     check_out(out)
     conversion = get_conversion(config.to)
     if config.push is not None:
@@ -41,7 +49,7 @@ def export(config: DictConfig) -> None:
             conversion,
             out,
             to=config.to,
-            name=config.push or (str(out) if out.is_absolute() else f"./{out}"),  # no name on the hub
+            name=config.push or f"./{out.name}",
             license=config.license,
             drop_license=config.drop_license,
             progress=status.update,
@@ -53,5 +61,10 @@ def export(config: DictConfig) -> None:
         console.print(f"uploaded: {push(out, config.push, private=config.private)}", markup=False)
 
 
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # so that nothing half-written is left
     run("export", export)

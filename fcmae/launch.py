@@ -94,9 +94,11 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
         key, equals, value = argument.partition("=")
         name = key.removeprefix("+")
         if equals and verb == "finetune" and name == "init":  # what pre-training calls it
-            return f"checkpoint={value}"
+            argument, key, name = f"checkpoint={value}", "checkpoint", "checkpoint"
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
+        if equals and re.search(r"=|[^\x00-\x7f]", value) and not re.search(r"[][{}'\",$\\]", value):
+            return f'{key}="{value}"'  # Hydra takes such values, as in the names of checkpoints, in quotes alone
         return argument
 
     return [form(argument) for argument in arguments]

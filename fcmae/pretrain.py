@@ -42,7 +42,7 @@ def pretrain(config: DictConfig) -> None:
         earlier = None if config.resume == "never" else folder.newest_checkpoint()
         model, optim = build(config.model), build(config.optim)
         options = {"adapt_in_chans": config.adapt_in_chans, "strict": config.strict}
-        start = start_from(config.init, model, earlier=earlier, **options)
+        start = start_from(config.init, model, run_dir=folder.path, earlier=earlier, **options)
         if config.init is not None:
             optim = WarmStartAdamW.of(optim, **setting.config["warm_start"], new_decoder=start.new_decoder)
         description = describe(setting.config, "pretraining", lineage=start.lineage, new_decoder=start.new_decoder)

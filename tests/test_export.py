@@ -4,6 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +120,7 @@ def test_the_card_has_results_recipe_and_no_places(runs, tmp_path):
         "tags": ["convnextv2", "fcmae", "masked-autoencoder", "self-supervised-learning"],
     }
     usage = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert f'"{tmp_path / "last"}"' in usage
+    assert '"./last"' in usage
 
 
 def test_an_export_can_be_given_to_every_verb_again(runs, tmp_path):
@@ -164,6 +168,26 @@ def test_what_comes_from_the_authors_weights_stays_under_their_licence(encoder, 
     assert "cc-by-nc-4.0 (dropped)" in (tmp_path / "d/README.md").read_text()
 
 
+def test_a_copy_of_the_weights_alone_keeps_their_licence(encoder, tmp_path):  # noqa: F811
+    """Renamed, in another folder, without what lay beside it."""
+    assert command("pretrain", tmp_path, *RUN, MODEL[2], "pictures=0", f"init={encoder}").code == 0
+    copies = [tmp_path / PRETRAINED / "exported" / "encoder.safetensors"]
+    for to, names in {
+        "timm": ["model.safetensors"],
+        "hf": ["model.safetensors"],
+        "official": ["model.pth", "finetune.pth"],
+        "backbone": ["model.safetensors"],
+    }.items():
+        assert export(tmp_path, f"checkpoint={PRETRAINED}", f"to={to}", f"out={to}").code == 0
+        copies += [tmp_path / to / name for name in names]
+    for number, file in enumerate(copies):
+        copy = tmp_path / f"copy{number}{file.suffix}"
+        shutil.copy(file, copy)
+        before = content(tmp_path)
+        told = untouched(tmp_path, export(tmp_path, f"checkpoint={copy}", "to=timm", "out=x", "license=mit"), before)
+        assert f"these weights come from {encoder.name}, whose licence is cc-by-nc-4.0" in told, file
+
+
 # What is refused
 
 
@@ -176,8 +200,12 @@ BAD = {
         ["to=timm", f"out={FINETUNED}/train.log/x"],
         "cannot be made, .*train.log is a file: name another folder",
     ),
-    "a name that is none": (["to=timm", "out=x", "push=nobody"], "push|nobody"),
+    "a name that is none": (["to=timm", "out=x", "push=nobody"], "'?nobody'? is no .*user/name"),
     "a flag": (["to=timm", "out=x", "drop_license=maybe"], "drop_license='maybe' is unknown: use True or False"),
+    "no licence": (["to=timm", "out=x", "license=[1]"], "license=.* is no name of a licence: write it as apache-2.0"),
+    "nothing to drop": (["to=timm", "out=x", "drop_license=true"], "drop_license=true says nothing without license="),
+    "where one is": (["to=timm", "out=."], "holds something already"),
+    "what cannot be read back": (["checkpoint=onnx", "to=timm", "out=x"], "onnx is an export for other programs alone"),
     "an image size": (["to=timm", "out=x", "image_size=8"], "image_size=8 must be one side or two"),
 }
 
@@ -185,6 +213,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(what, runs):
     arguments, told = BAD[what]
+    (runs / "onnx").mkdir(exist_ok=True)
+    (runs / "onnx" / "fcmae.json").write_text("{}")
     before = content(runs)
     given = (
         arguments
@@ -199,7 +229,8 @@ def test_a_library_that_computes_something_else_leaves_nothing(runs, monkeypatch
     before = content(runs)
     for wrong in (lambda y: y + 1e-3, lambda y: y * float("nan"), lambda y: y[:, :3]):
         monkeypatch.setattr(Timm, "outputs", lambda self, *given, wrong=wrong: [wrong(y) for y in right(self, *given)])
-        told = untouched(runs, export(runs, f"checkpoint={FINETUNED}", "to=timm", "out=x"), before)
+        told = untouched(runs, export(runs, f"checkpoint={FINETUNED}", "to=timm", "out=not/yet/x"), before)
+        assert not (runs / "not").exists()
         assert re.search(r"timm \S+ computes something else from what was written: largest difference", told)
 
 
@@ -222,6 +253,28 @@ def test_an_interrupt_leaves_nothing(runs, monkeypatch):
     result = export(runs, f"checkpoint={FINETUNED}", "to=timm", "out=x")
     assert result.code == 130
     assert content(runs) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(signum, runs):
+    before = content(runs)
+    asked = [f"checkpoint={FINETUNED}", "to=onnx", "out=x"]
+    process = subprocess.Popen([sys.executable, "-m", "fcmae.export", *asked], cwd=runs, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob(".x.*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    assert process.wait(60) == 128 + signum
+    assert content(runs) == before
+    assert not list(runs.glob(".x.*"))
+
+
+def test_the_place_is_a_link(runs, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert export(runs, f"checkpoint={FINETUNED}", "to=timm", f"out={tmp_path / 'link'}").code == 0
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
 
 
 # Uploads

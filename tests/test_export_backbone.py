@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fcmae.conversion.backbone import Backbone
 from fcmae.conversion.timm import Timm
+from fcmae.errors import UserError
 from fcmae.inference.trained import Trained, load_trained
 from fcmae.models.convnext import create_convnext
 
@@ -129,6 +130,11 @@ def test_a_wrong_weight_is_noticed(network: Trained, written: Path, photographs:
     weights = load_file(written / "model.safetensors")
     name = "encoder.stages.3.layers.0.grn.weight"
     save_file(weights | {name: weights[name] + 0.1}, written / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"openmmlab.pth did not come out as the rest"):
+        BACKBONE.outputs(written, photographs)
+    file = torch.load(written / "openmmlab.pth", weights_only=True)
+    file["state_dict"]["stages.3.0.grn.gamma"] += 0.1
+    torch.save(file, written / "openmmlab.pth")
     assert difference(BACKBONE.outputs(written, photographs), BACKBONE.expected(network, photographs)) > 1e-3
 
 

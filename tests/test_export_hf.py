@@ -122,7 +122,10 @@ def test_outputs_are_ours(tmp_path: Path, randomise: Fill, size: str, channels: 
     out = written(network, tmp_path / "out")
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
     conversion, images = HuggingFace(), torch.randn(2, channels, 64, 96)
-    (ours,), (theirs,) = conversion.expected(network, images), conversion.outputs(out, images)
+    several = conversion.expected(network, images), conversion.outputs(out, images)
+    assert [len(outputs) for outputs in several] == [1 if network.class_names else 2] * 2  # the mean of features, too
+    assert all(difference(ours, theirs) < 1e-5 for ours, theirs in zip(*several, strict=True))
+    ours, theirs = (outputs[0] for outputs in several)
     assert difference(ours, theirs) < 1e-5
     kind = transformers.AutoModelForImageClassification if classes else transformers.AutoModel
     _, loading = kind.from_pretrained(out, output_loading_info=True)
@@ -303,7 +306,7 @@ def test_the_lines_of_the_model_card(
         image = opened.convert(image.mode)
     pixels = our_pixels(network.preparation, image) if channels < 4 else names["images"]
     assert pixels.shape == (1, channels, *side)
-    (expected,) = HuggingFace().expected(network, pixels)
+    expected = HuggingFace().expected(network, pixels)[0]
     if classes:
         assert network.class_names[int(expected.argmax())] in printed
     if "outputs" in names:

@@ -280,8 +280,11 @@ def test_no_network_and_nothing_in_the_cache(hub, how, why, monkeypatch):
         f"hf-hub:ada/net (revision main) is not in the cache, and {hub.url} cannot be asked for it ("
     )
     assert why in said
-    assert f"fetch model.safetensors, config.json and README.md of {hub.url}/ada/net/tree/main by hand" in said
-    assert said.endswith("init=FOLDER")
+    assert (
+        f"preprocessor_config.json and README.md of {hub.url}/ada/net/tree/main, as far as they are there, by hand"
+        in said
+    )
+    assert said.endswith("init=ada--net")
 
 
 def test_a_download_that_never_ends_well(hub):

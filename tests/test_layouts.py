@@ -205,9 +205,10 @@ def test_in_part_only_when_asked(net, tmp_path):
         assert torch.equal(found[name], before[name] if name in report.fresh else net.state_dict()[name]), name
     lines = report.lines()
     assert lines[1] == (
-        "encoder: 3 tensors (first: stages.1.blocks.0.norm.weight) new, not in the checkpoint or of another shape there"
+        "encoder: 3 tensors (stages.1.blocks.0.norm.weight, stages.2.blocks.0.mlp.fc1.weight, "
+        "stages.2.blocks.0.mlp.fc1.bias) new, not in the checkpoint or of another shape there"
     )
-    assert lines[2] == "encoder: 2 tensors (first: stages.1.blocks.0.norm.weight) of the checkpoint not used"
+    assert lines[2] == "encoder: 2 tensors (stages.1.blocks.0.norm.weight, extra.weight) of the checkpoint not used"
 
 
 def test_a_smaller_network_in_part(net, tmp_path):
@@ -272,6 +273,30 @@ HARMFUL: dict[str, tuple[Callable[[State], State], str]] = {
         lambda state: {"dwconv.kernel": torch.tensor(1.0), **state},
         "of its weights 1 unknown",
     ),
+    "nothing, a thousand million times": (
+        lambda state: state | {"head.fc.weight": torch.zeros(10**9, 0)},
+        "names with a plain tensor each",
+    ),
+    "a classifier without axes": (
+        lambda state: state | {"head.fc.weight": torch.tensor(1.0)},
+        "classifier is no matrix",
+    ),
+    "no memory": (
+        lambda state: state | {"stem.0.bias": torch.zeros(8, device="meta")},
+        "a plain tensor each|cannot be read",
+    ),
+    "two names for one": (
+        lambda state: state | {"module.stem.0.bias": torch.zeros(8)},
+        "two names that mean the same",
+    ),
+    "larger than float32": (
+        lambda state: state | {"stem.0.bias": torch.full((8,), 1e300, dtype=torch.float64)},
+        "stem.0.bias holds values that are not finite",
+    ),
+    "a decoder whose token has no axes": (
+        lambda state: prefixed("encoder.net.", state) | {"decoder.mask_token": torch.tensor([1.0])},
+        "holds only part of a decoder",
+    ),
     "a decoder without mask token": (
         lambda state: prefixed("encoder.net.", state) | {"decoder.proj.weight": torch.zeros(1)},
         "holds only part of a decoder",
@@ -281,6 +306,22 @@ HARMFUL: dict[str, tuple[Callable[[State], State], str]] = {
         "does not fit the model: of its weights 1 of another shape",
     ),
 }
+
+
+HALF_A_CLASSIFIER: dict[str, dict[str, Tensor | None]] = {
+    "no bias": {"head.fc.bias": None},
+    "another width": {"head.fc.weight": torch.zeros(5, 32)},
+    "another bias": {"head.fc.bias": torch.zeros(7)},
+    "no final norm": {"head.norm.weight": None},
+    "another final norm": {"head.norm.bias": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("what", HALF_A_CLASSIFIER)
+def test_a_classifier_that_is_there_in_part_is_not_made_up(what, net, tmp_path):
+    state = {name: v for name, v in (net.state_dict() | HALF_A_CLASSIFIER[what]).items() if v is not None}
+    told = refusal(lambda: fcmae.load_trained(saved(state, tmp_path / "net.pth")))
+    assert "holds only part of a classifier, head." in told
 
 
 @pytest.mark.parametrize("how", HARMFUL)
@@ -351,23 +392,77 @@ def test_a_configuration_cannot_name_code(what, model, tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-DESCRIPTIONS = {
-    "no object": [1],
-    "classes that are not there": {"format": FORMAT, "model": {}, "task": "classification", "class_names": ["a"] * 9},
-    "a mean of words": {"format": FORMAT, "model": {}, "input": {"mean": ["a"] * 3, "std": [1] * 3, "image_size": 64}},
-    "a size of words": {"format": FORMAT, "model": {}, "input": {"image_size": "large"}},
-    "input of another kind": {"format": FORMAT, "model": {}, "input": 3},
+WRONG: dict[str, Any] = {
+    "best": [3, [], "x", {"metric": 3}, {"metric": "val_acc1"}],
+    "lineage": [3, "abc", [1], [{}], [{"source": "x"}], [{"source": "x", "sha256": "0", "license": "a\n# b"}]],
+    "license": [3, "a b", "x" * 100, ["mit"]],
+    "recipe": [3, []],
+    "versions": ["x"],
+    "steps": [[1]],
+    "fcmae": [3],
+    "model": [3, None],
+    "class_names": ["abcde", [1, 2, 3, 4, 5], {"a": 1}, ["a"] * 9],
+    "multi_label": ["yes"],
+    "crop_pct": [1e-9, "half", float("nan")],
+    "input": [
+        3,
+        {"mean": 5},
+        {"mean": ["a"] * 3},
+        {"std": [0.0] * 3},
+        {"std": [-1.0] * 3},
+        {"std": [float("nan")] * 3},
+        {"image_size": "large"},
+        {"image_size": [60000, 60000]},
+        {"image_size": 10**20},
+        {"mean": [10**400] * 3},
+        {"image_size": True},
+        {"image_size": [64]},
+        {"mean": [0.5], "std": [0.5]},
+    ],
 }
 
 
-@pytest.mark.parametrize("what", DESCRIPTIONS)
-def test_a_description_that_is_wrong(what, net, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values], ids=str
+)
+def test_a_description_that_cannot_be(name, value, net, tmp_path):
+    said = {"format": FORMAT, "model": {}, "task": "classification", name: value}
     save_file(net.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / DESCRIPTION).write_text(json.dumps(DESCRIPTIONS[what]))
-    if what == "no object":
-        assert fcmae.load_trained(tmp_path).class_names == ("0", "1", "2", "3", "4")
-    else:
-        assert str(tmp_path) in refusal(lambda: fcmae.load_trained(tmp_path))
+    (tmp_path / DESCRIPTION).write_text(json.dumps(said))
+    file = saved(described(prefixed("net.", net.state_dict()), said), tmp_path / "last.ckpt")
+    for path in (tmp_path, file):
+        assert str(path) in refusal(lambda path=path: fcmae.load_trained(path))
+
+
+def test_a_description_that_no_export_could_write(net, tmp_path):
+    said = {"format": FORMAT, "model": {}, "task": "classification", "recipe": {"a": torch.zeros(3)}}
+    file = saved(described(prefixed("net.", net.state_dict()), said), tmp_path / "last.ckpt")
+    assert "says of itself recipe=" in refusal(lambda: fcmae.load_trained(file))
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 200_000, "{", '"x"', ""])
+def test_a_description_that_is_none(text, net, tmp_path):
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    for name in (DESCRIPTION, "config.json"):
+        (tmp_path / name).write_text(text)
+    assert fcmae.load_trained(tmp_path).class_names == ("0", "1", "2", "3", "4")
+
+
+@pytest.mark.parametrize("masking", [3, [1], {"_target_": ["x"]}, {"_target_": 3}])
+def test_a_masking_that_is_none(masking, model, tmp_path):
+    options = {"_target_": "fcmae.models.create.create_model", "masking": masking}
+    file = saved(
+        described(prefixed("model.", model.state_dict()), {"format": FORMAT, "model": options}), tmp_path / "l.ckpt"
+    )
+    assert "which is not one of fcmae's" in refusal(lambda: fcmae.load(file))
+
+
+def test_other_channels_for_an_autoencoder(model, tmp_path, caplog):
+    file = saved(model.state_dict(), tmp_path / "model.pth")
+    assert "adapt_in_chans=sum or repeat" in refusal(lambda: fcmae.load(file, in_chans=1))
+    grey = fcmae.load(file, in_chans=1, adapt_in_chans="sum")
+    assert grey.encoder.in_chans == 1
+    assert "decoder is new" in caplog.text
 
 
 # What others' folders say
@@ -403,6 +498,101 @@ def test_what_timms_and_transformers_folders_say(net, tmp_path):
     assert (trained.preparation.image_size, trained.preparation.crop_pct) == ((64, 64), 0.8)
     (folder / "config.json").write_text(json.dumps(config | {"id2label": 7}))
     assert fcmae.load_trained(folder).class_names == ("0", "1", "2", "3", "4")
+
+
+PROCESSORS: list[tuple[dict[str, Any], tuple[int, int], float | str]] = [
+    ({"size": {"shortest_edge": 224}, "crop_pct": 0.8}, (224, 224), 0.8),
+    ({"size": {"shortest_edge": 384}, "crop_pct": 0.8}, (384, 384), "warp"),
+    ({"size": {"shortest_edge": 383}, "crop_pct": 0.8}, (383, 383), 0.8),
+    ({"size": 224}, (224, 224), 0.875),
+    ({"size": {"height": 64, "width": 96}}, (64, 96), "warp"),
+    (
+        {"size": {"shortest_edge": 250}, "do_center_crop": True, "crop_size": {"height": 200, "width": 200}},
+        (200, 200),
+        0.8,
+    ),
+    ({"size": {"shortest_edge": 250}, "do_center_crop": True, "crop_size": 200}, (200, 200), 0.8),
+]
+
+
+@pytest.mark.parametrize(("processor", "size", "crop_pct"), PROCESSORS)
+def test_how_an_image_processor_prepares_pictures(processor, size, crop_pct, net, tmp_path):
+    save_file(
+        {name: value.contiguous() for name, value in to_hf(net.state_dict()).items()}, tmp_path / "model.safetensors"
+    )
+    architecture = {"model_type": "convnextv2", "architectures": ["ConvNextV2ForImageClassification"]}
+    config = architecture | {
+        "id2label": {str(n): "abcde"[n] for n in range(5)},
+        "problem_type": "multi_label_classification",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    numbers = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | numbers))
+    trained = fcmae.load_trained(tmp_path)
+    assert (trained.preparation.image_size, trained.preparation.crop_pct) == (size, crop_pct)
+    assert trained.preparation.mean == (0.1,) * 3
+    assert trained.multi_label
+
+
+def test_what_nobody_says_is_as_for_imagenet(tmp_path, randomise):
+    for channels, mean in ((3, (0.485, 0.456, 0.406)), (2, (0.5, 0.5))):
+        state = randomise(micro_net(in_chans=channels)).state_dict()
+        trained = fcmae.load_trained(saved(state, tmp_path / "net.pth"))
+        assert trained.preparation.mean == mean
+        assert len(trained.preparation.std) == channels
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["convnextv2_tiny_1k_224_fcmae.pt", "convnextv2_base_22k_384_ema (1).pth", "ConvNeXtV2_tiny_1k_224_ema.pth.tar"],
+)
+def test_the_authors_files_are_known_by_their_names(name, net, tmp_path):
+    assert read_weights(saved({"model": official(net.state_dict())}, tmp_path / name)).license == "cc-by-nc-4.0"
+
+
+def test_what_a_card_beside_the_weights_says(net, tmp_path):
+    """As of a repository that was fetched by hand."""
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    cards = {
+        "license: mit": "mit",
+        "license: [mit, cc-by-nc-4.0]": "cc-by-nc-4.0",
+        "license: CC-BY-NC-SA-4.0": "CC-BY-NC-SA-4.0",
+        "license: fair-noncommercial-research-license": "fair-noncommercial-research-license",
+        "license: apache-2.0\nbase_model: facebook/convnextv2-tiny-1k-224": "cc-by-nc-4.0",
+        "license: {a: b}": None,
+        "license: 'two words'": None,
+        "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nlicense: [*b,*b,*b,*b]": None,
+        "[": None,
+    }
+    for text, license in cards.items():
+        (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+        assert read_weights(tmp_path).license == license, text
+
+
+@pytest.mark.parametrize(
+    "place", ["facebook--convnextv2-tiny-1k-224", "models--facebook--convnextv2-tiny-1k-224/snapshots/0"]
+)
+def test_the_authors_weights_are_known_by_the_folder_that_they_were_fetched_into(place, net, tmp_path):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    save_file(net.state_dict(), folder / "model.safetensors")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert read_weights(folder).license == "cc-by-nc-4.0"
+
+
+def test_folders_that_are_not_read(net, tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "holds its weights in several files: save them in one" in refusal(lambda: read_weights(tmp_path))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / DESCRIPTION).write_text("{}")
+    assert "is an export for other programs alone" in refusal(lambda: read_weights(tmp_path))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "convnextv2", "hidden_act": "relu"}')
+    assert "hidden_act='relu', and only gelu is computed" in refusal(lambda: read_weights(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "convnextv2", "image_size": 384}')
+    assert fcmae.load_trained(tmp_path).preparation.image_size == (384, 384)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert read_weights(f"~/{tmp_path.name}").file == tmp_path / "model.safetensors"
 
 
 def test_an_official_file_keeps_its_layout_through_read(net, tmp_path):

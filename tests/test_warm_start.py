@@ -170,10 +170,52 @@ def test_bad_input(what, encoder, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_new_decoder_is_known_to_be_new_after_a_stop(encoder, tmp_path):
+    """The twentieth of the run that it trains alone by default is counted from the run's start."""
+    options = [*MICRO, f"init={encoder}", "save.every_n_steps=1", "save.keep=99", "epochs=10", "optim.warmup_epochs=0"]
+    assert pretrain(tmp_path, *options).code == 0
+    run = tmp_path / RUN
+    final = state(run)
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["fcmae"]["new_decoder"]
+    for file in (run / "checkpoints").glob("*.ckpt"):
+        if file.name == "last.ckpt" or int(file.stem.rpartition("=")[2]) > 1:
+            file.unlink()
+    (run / "summary.json").unlink()
+    assert pretrain(tmp_path, *options).code == 0
+    assert all(torch.equal(value, final[name]) for name, value in state(run).items())
+
+
+def test_a_folder_with_the_name_of_a_number_or_of_a_checkpoint(tmp_path):
+    assert pretrain(tmp_path, *MICRO).code == 0
+    file = next((tmp_path / RUN / "checkpoints").glob("epoch=*.ckpt"))  # Hydra wants = in quotes
+    for init, name in ((file.relative_to(tmp_path), "a"), (2024, "b"), ("lauf ü", "c")):
+        if not str(init).endswith(".ckpt"):
+            (tmp_path / str(init)).symlink_to(tmp_path / RUN)
+        result = pretrain(tmp_path, *MICRO, f"init={init}", f"run_name={name}")
+        assert result.code == 0, result
+
+
+def test_what_was_refused_can_be_typed_again_corrected(tmp_path):
+    assert pretrain(tmp_path, *MICRO).code == 0
+    again = [*MICRO, f"init={RUN}", "run_name=again"]
+    assert "leave nothing of a run of 8 steps" in pretrain(tmp_path, *again, "warm_start.decoder_steps=100").error
+    assert pretrain(tmp_path, *again).code == 0
+
+
+def test_a_run_does_not_start_from_itself(tmp_path):
+    assert pretrain(tmp_path, *MICRO).code == 0
+    for init in (RUN, RUN / "checkpoints" / "last.ckpt"):
+        result = pretrain(tmp_path, *MICRO, f"init={init}", "resume=never")
+        assert f"init={init} is the run's own folder" in result.error
+    assert (tmp_path / RUN / "summary.json").exists()
+
+
 # Where weights come from
 
 
-NC, FREE, OURS = ({"source": name, "license": name, "sha256": "0"} for name in ("cc-by-nc-4.0", "mit", None))
+NC, FREE, OURS, UPPER = (
+    {"source": name, "license": name, "sha256": "0"} for name in ("cc-by-nc-4.0", "mit", None, "CC-BY-NC-4.0")
+)
 
 
 @pytest.mark.parametrize(
@@ -193,28 +235,56 @@ def test_which_licence_binds(lineage, bound):
 
 
 def test_a_licence_is_dropped_only_when_that_is_said_and_it_is_noted():
-    lineage = [NC, OURS]
+    lineage = [FREE, NC, OURS]
     with pytest.raises(UserError, match=r"license=mit: these weights come from cc-by-nc-4.0, whose licence is .*"):
         settle_license(lineage, wanted="mit", drop=False)
     license, noted = settle_license(lineage, wanted="mit", drop=True)
     assert license == "mit"
-    assert noted == [NC | {"license_dropped": True}, OURS]
+    assert noted == [FREE | {"license_dropped": True}, NC | {"license_dropped": True}, OURS]
     assert inherited_license(noted) is None
-    assert lineage == [NC, OURS]
+    assert lineage == [FREE, NC, OURS]
 
 
 def test_a_recipe_tells_no_places():
     config = {
         "run_dir": "/home/someone/outputs",
         "logger": {"wandb": {"entity": "someone"}},
-        "data": {"path": "/home/someone/pictures", "table": "~/labels.csv", "image_size": 224},
+        "data": {"path": "/home/someone/pictures", "table": "~/labels.csv", "image_size": 224, "augment": None},
         "init": "../weights/net.pth",
-        "shards": ["https://user:word@host:80/a/{0..9}.tar?token=1", "s3://bucket/a.tar", r"C:\Users\someone\b.tar"],
         "optim": {"_target_": "fcmae.training.optimization.AdamW", "betas": (0.9, 0.95)},
     }
     assert recipe(config) == {
-        "data": {"path": "pictures", "table": "labels.csv", "image_size": 224},
+        "data": {"path": "pictures", "table": "labels.csv", "image_size": 224, "augment": None},
         "init": "net.pth",
-        "shards": ["https://host/a/{0..9}.tar", "s3://bucket/a.tar", "b.tar"],
         "optim": {"_target_": "fcmae.training.optimization.AdamW", "betas": [0.9, 0.95]},
+    }
+    texts = {
+        "customers/acme/ward3": "ward3",
+        "/data/acme/": "acme",
+        r"C:\Users\someone\b.tar": "b.tar",
+        "C:b.tar": "b.tar",
+        "~someone": "~",
+        "file:///home/someone/x": "x",
+        "file:/home/someone/x": "x",
+        "sftp://user:word@host/someone/x": "x",
+        "/home/a,customers/b,c": "a,b,c",
+        "/home/{acme,bravo}/a.tar": "a.tar",
+        "simplecache::/home/someone/x": "simplecache,x",
+        "pipe:curl -H key:word https://host/x | tar x": "pipe:",
+        "/home/a.tar,pipe:cat /home/b,/home/c": "a.tar,pipe:",
+        "https://user:word@host:80/a/{0..9}.tar?token=1": "https://host/a/{0..9}.tar",
+        "https://user:wo,rd@host/a#b": "https://host/a",
+        "https://user:wo/rd@host/a": "https://",
+        "https://user:word@[::1/a": "https://,a",
+        "https://host/a?key=1,2/word": "https://host/a",
+        "s3://bucket/a.tar?x=1,https://user:word@host/b": "s3://bucket/a.tar,https://host/b",
+        "/home/someone/x,hf-hub:user/name": "x,hf-hub:user/name",
+        "hf-hub:/home/someone": "someone",
+    }
+    texts |= dict.fromkeys(
+        ["s3://bucket/a.tar", "hf-hub:user/name", "hf-hub:user/name@main", "timm:convnextv2_tiny.fcmae"]
+    )
+    texts |= dict.fromkeys(["rand-m9-mstd0.5-inc1", "16-mixed", "auto", "a, b", "digits", ""])
+    assert recipe({"shards": list(texts)}) == {
+        "shards": [text if name is None else name for text, name in texts.items()]
     }

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from fcmae.checkpoints.carried import CARRIED, carried
 from fcmae.checkpoints.format import DESCRIPTION
 from fcmae.files import atomic_writer, write_text
 
@@ -24,4 +25,4 @@ def export_network(net: nn.Module, file: Path, description: dict[str, Any]) -> N
     weights = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     write_text(file.parent / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     with atomic_writer(file) as opened:
-        opened.write(save(weights, metadata={"format": "pt"}))
+        opened.write(save(weights, metadata={"format": "pt", CARRIED: carried(description)}))

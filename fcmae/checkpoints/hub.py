@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ import yaml
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, metadata_load
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
 
+from fcmae.checkpoints.descriptions import is_license
 from fcmae.checkpoints.hub_messages import check_repo, failed, first_line, refused, unreachable
-from fcmae.checkpoints.lineage import sha256
+from fcmae.checkpoints.lineage import binding, sha256
 from fcmae.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "encoder.safetensors", "model.pth", "pytorch_model.bin")  # the first that is there
 _BESIDE = ("config.json", "preprocessor_config.json", "fcmae.json", "README.md")
@@ -24,7 +28,7 @@ _LATER = (408, 429)  # HTTP's answers, beside all from 500 on, that another day'
 # The cards of Hugging Face's copies, facebook/convnextv2-*, say Apache 2.0.
 _AUTHORS_LICENSE = "cc-by-nc-4.0"
 _AUTHORS_WEIGHTS = re.compile(
-    r"facebook/convnextv2-.+|timm/convnextv2_.+|convnextv2_[a-z]+_(1k|22k)_\d+_(fcmae|ema)\.(pt|pth|bin|safetensors)"
+    r"facebook/convnextv2-.+|timm/convnextv2_.+|convnextv2_[a-z]+_(1k|22k)_\d+_(fcmae|ema)\b.*"
 )
 
 
@@ -80,12 +84,14 @@ def fetch(name: str) -> Fetched:
     for file in _BESIDE:
         if listed is None or file in listed:
             _download(repo, commit, file, cached=listed is None)
+    license = binding([known_license(repo), stated_license(weights.parent)])
+    log.warning("hf-hub:%s: licence %s", repo, license or "not stated")
     return Fetched(
         folder=weights.parent,
         weights=weights,
         repo=repo,
         revision=commit,
-        license=known_license(repo) or _stated_license(weights.parent),
+        license=license,
         sha256=checksum,
     )
 
@@ -97,7 +103,7 @@ def known_license(name: str) -> str | None:
         name: of a repository on the hub, or of a file: `facebook/convnextv2-tiny-1k-224`,
             `convnextv2_tiny_1k_224_fcmae.pt`.
     """
-    return _AUTHORS_LICENSE if _AUTHORS_WEIGHTS.fullmatch(name) else None
+    return _AUTHORS_LICENSE if _AUTHORS_WEIGHTS.fullmatch(name.lower()) else None
 
 
 def _locate(name: str) -> tuple[str, str]:
@@ -184,11 +190,21 @@ def _remove(file: Path) -> None:
         _remove(target)
 
 
-def _stated_license(folder: Path) -> str | None:
-    """What the card says, else timm's config.json."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # not there, or damaged
-        if license := (metadata_load(folder / "README.md") or {}).get("license"):
-            return str(license)
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["license"])
-    return None
+def stated_license(folder: Path) -> str | None:
+    """What card and timm's config.json in a folder say; if the card says what the weights were made from, that too."""
+    stated: list[object] = []
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # not there, or damaged
+        card = metadata_load(folder / "README.md") or {}
+        origins = card.get("base_model")
+        stated += [known_license(name) for name in _texts(origins)] + _texts(card.get("license"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not any(stated) and isinstance(config, dict) and isinstance(found := config.get("pretrained_cfg"), dict):
+            stated.append(found.get("license"))
+    return binding([license for license in stated if isinstance(license, str) and is_license(license)])
+
+
+def _texts(value: object) -> list[str]:
+    """One or several, as a card may have them."""
+    several = value[:9] if isinstance(value, list) else [value]
+    return [text for text in several if isinstance(text, str) and len(text) < 200]

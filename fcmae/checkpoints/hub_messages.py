@@ -55,11 +55,12 @@ def first_line(error: BaseException) -> str:
 def unreachable(repo: str, revision: str, reason: str) -> UserError:
     """For when the hub does not answer and nothing is cached: how to do without it."""
     page = f"{constants.ENDPOINT}/{repo}/tree/{revision}"
-    unset = "unset that, or " if constants.HF_HUB_OFFLINE else ""
+    unset, folder = "unset that, or " if constants.HF_HUB_OFFLINE else "", repo.replace("/", "--")
     return UserError(
         f"hf-hub:{repo} (revision {revision}) is not in the cache, and {constants.ENDPOINT} cannot be asked for it "
-        f"({reason}): {unset}fetch model.safetensors, config.json and README.md of {page} by hand into a folder, and "
-        "give that in place of the name, as in init=FOLDER"
+        f"({reason}): {unset}fetch model.safetensors, config.json, preprocessor_config.json and README.md of {page}, "
+        f"as far as they are there, by hand into a folder {folder}, and give that in place of the name, as in "
+        f"init={folder}"
     )
 
 

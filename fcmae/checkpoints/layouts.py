@@ -74,6 +74,8 @@ def find_weights(state: Any, file: Path) -> Found:
         UserError: it is no state dict, of another network, or of one that cannot be.
     """
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in _tensors(state, file).items()}
+    if len(weights) < len(state):
+        raise UserError(f"{file} holds weights under two names that mean the same, such as x and module.x: keep one")
     whose = layout(weights)
     if whose is None:
         first = ", ".join(list(weights)[:3])
@@ -116,7 +118,9 @@ def _dense(name: str, value: Tensor) -> tuple[str, Tensor]:
     if parts[-1] == "kernel" and value.ndim in (2, 3):
         parts[-1] = "weight"
         side = math.isqrt(len(value))
-        square = value[: side**2].unflatten(0, (side, side))  # (column, row, C) or (column, row, in, out)
+        if side**2 != len(value):
+            return ".".join(parts), value  # of no square kernel, so it will fit nowhere
+        square = value.unflatten(0, (side, side))  # (column, row, C) or (column, row, in, out)
         value = square.permute(2, 1, 0)[:, None] if square.ndim == 3 else square.permute(3, 2, 1, 0)
     elif parts[-1] == "bias" and value.ndim == 2:  # (1, C)
         value = value.flatten()
@@ -132,7 +136,7 @@ def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
         not isinstance(state, dict)
         or not state
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
-        or not all(value.layout == torch.strided and not value.is_quantized for value in state.values())
+        or not all(_is_plain(value) for value in state.values())
     ):
         raise UserError(f"{file} holds no state dict, names with a plain tensor each: give one of a ConvNeXt V2")
     # A few bytes can claim to be terabytes, by strides of zero or by one storage under many names. What is built from
@@ -144,6 +148,12 @@ def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
     return state
 
 
+def _is_plain(value: Tensor) -> bool:
+    """Numbers in memory, at least one."""
+    in_memory = value.layout == torch.strided and value.device.type == "cpu"
+    return in_memory and not value.is_quantized and value.numel() > 0
+
+
 def _check(found: Found, file: Path) -> None:
     encoder, token = found.encoder, found.decoder.get("mask_token")
     if any(re.fullmatch(r"stages\.\d\.blocks\.\d+\.gamma", name) for name in encoder):
@@ -152,12 +162,14 @@ def _check(found: Found, file: Path) -> None:
     blocks = sum(name.endswith(".conv_dw.weight") for name in encoder)
     if 0 in (*size.depths, *size.dims) or sum(size.depths) != blocks or STEM not in encoder or encoder[STEM].ndim != 4:
         raise UserError(f"{file} holds only part of a ConvNeXt V2, {size}: give one with four stages")
+    if found.encoder.get("head.fc.weight", encoder[STEM]).ndim < 2:
+        raise UserError(f"{file}: the classifier is no matrix: give weights of a ConvNeXt V2")
     if found.decoder and (token is None or token.ndim != 4):
         raise UserError(f"{file} holds only part of a decoder, without its mask token: give it whole, or leave it out")
     for name, value in (*encoder.items(), *found.decoder.items()):
         if not value.is_floating_point():
             raise UserError(f"{file}: {name} is {value.dtype}: give weights in floating point, not quantised ones")
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():
             raise UserError(f"{file}: {name} holds values that are not finite; the training that wrote it had failed")
 
 

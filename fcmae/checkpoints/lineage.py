@@ -1,6 +1,7 @@
 """Where weights came from, and under which licence: carried by every checkpoint, from file to file."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ Lineage = list[dict[str, Any]]
 DROPPED = "license_dropped"
 """Set in an entry whose licence somebody has said to bind no longer."""
 
-_NON_COMMERCIAL = "-nc"
-"""In the names of the Creative Commons licences that forbid commercial use."""
+_NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial", re.IGNORECASE)
+"""In the names of licences that forbid commercial use."""
 
 
 def origin(file: Path, *, source: str, license: str | None) -> dict[str, Any]:
@@ -33,8 +34,13 @@ def inherited_license(lineage: Sequence[dict[str, Any]]) -> str | None:
 
     None where nothing is known to bind it, as with weights that were trained from scratch.
     """
-    known = [str(entry["license"]) for entry in lineage if entry.get("license") and not entry.get(DROPPED)]
-    return next((name for name in known if _NON_COMMERCIAL in name), known[-1] if known else None)
+    return binding([entry.get("license") for entry in lineage if not entry.get(DROPPED)])
+
+
+def binding(licenses: Sequence[str | None]) -> str | None:
+    """Of several licences the first one that forbids commercial use, else the last that is known."""
+    known = [name for name in licenses if name]
+    return next((name for name in known if _NON_COMMERCIAL.search(name)), known[-1] if known else None)
 
 
 def settle_license(lineage: Lineage, *, wanted: str | None, drop: bool) -> tuple[str | None, Lineage]:
@@ -49,7 +55,7 @@ def settle_license(lineage: Lineage, *, wanted: str | None, drop: bool) -> tuple
         UserError: another one is wanted, and not said to be dropped.
     """
     bound = inherited_license(lineage)
-    if wanted is None or bound in (None, wanted):
+    if wanted is None or bound is None or wanted.lower() == bound.lower():
         return wanted or bound, lineage
     if not drop:
         source = next(entry["source"] for entry in lineage if entry.get("license") == bound)
@@ -61,9 +67,16 @@ def settle_license(lineage: Lineage, *, wanted: str | None, drop: bool) -> tuple
 
 
 def sha256(file: Path) -> str:
-    """The checksum of a file, in hexadecimal digits."""
+    """The checksum of a file, in hexadecimal digits.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
+    try:
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read any more ({error.strerror}): type the same again") from error
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fcmae.checkpoints.load_autoencoder import load_autoencoder
+from fcmae.checkpoints.load_into import AdaptChannels
 from fcmae.checkpoints.names import STEM, Size, has_grn
 from fcmae.checkpoints.weights import Weights, is_classifier, read_weights
 from fcmae.errors import UserError
@@ -24,7 +25,14 @@ _TARGETS = {"fcmae.models.targets.Pixels": Pixels}
 
 
 def load(
-    path: str | Path, *, masking: Masking | None = None, target: Target | None = None, engine: str = "auto"
+    path: str | Path,
+    *,
+    masking: Masking | None = None,
+    target: Target | None = None,
+    engine: str = "auto",
+    in_chans: int | None = None,
+    adapt_in_chans: AdaptChannels | None = None,
+    strict: bool = True,
 ) -> FCMAE:
     """The masked autoencoder of any file that `read_weights` reads, in evaluation mode, on the CPU.
 
@@ -38,6 +46,9 @@ def load(
         masking: instead of the checkpoint's own; needed where that is not one of fcmae's.
         target: likewise.
         engine: computes the model here, whichever it was trained with.
+        in_chans: channels of an image, if not those of the file; then `adapt_in_chans` has to say how.
+        adapt_in_chans: `sum` or `repeat`, see `load_into`; the decoder is new then.
+        strict: refuse a file that fits only in part; else what is missing stays as it was initialised.
 
     Raises:
         UserError: nothing there, a truncated file, one of another network, or weights that do not fit each other.
@@ -45,16 +56,19 @@ def load(
     weights = read_weights(path)
     options = _described(weights, masking, target) | {"engine": engine}
     _check_sizes(options, sizes := _sizes(weights), weights.file)
-    options |= sizes
+    options |= sizes | ({} if in_chans is None else {"in_chans": in_chans})
+    how: dict[str, Any] = {"adapt_in_chans": adapt_in_chans, "strict": strict}
     try:
         with torch.device("meta"):  # nothing is allocated before all is known to fit
-            load_autoencoder(create_model(**options), weights)
+            load_autoencoder(create_model(**options), weights, **how)
         model = create_model(**options)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError) and str(error).startswith(str(weights.file)):
             raise
         raise UserError(f"{weights.file} asks for a model that this fcmae cannot make ({error})") from error
-    report = load_autoencoder(model, weights)
+    report = load_autoencoder(model, weights, **how)
+    for line in report.lines():
+        log.info(line)
     if report.why_fresh:
         log.warning(
             "%s: the decoder is new, %s; train it before you trust a prediction", weights.file, report.why_fresh
@@ -108,9 +122,9 @@ def _check_sizes(said: dict[str, Any], held: dict[str, Any], file: Path) -> None
 def _build(spec: Any, allowed: dict[str, Any], what: str, file: Path) -> Any:
     if spec is None:
         return None
-    options = dict(spec)
+    options = dict(spec) if isinstance(spec, dict) else {"_target_": spec}
     name = options.pop("_target_", None)
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise UserError(f"{file} names the {what} {name!r}, which is not one of fcmae's: pass {what}=... to fcmae.load")
     try:
         return allowed[name](**options)

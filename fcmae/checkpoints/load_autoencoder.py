@@ -56,9 +56,9 @@ def load_autoencoder(
     own, given = model.decoder.state_dict(), weights.decoder
     why_fresh = "" if given else "the file has none"
     misfit = _misfit(given, own)
-    adapted = adapt_in_chans is not None and weights.weights[STEM].shape[1] != model.encoder.in_chans
+    other_channels = weights.weights[STEM].shape[1] != model.encoder.in_chans  # whether they may be, load_into says
     if given and misfit:
-        if strict and not adapted:
+        if strict and not other_channels:
             raise UserError(
                 f"{weights.file} has a decoder that the model's differs from ({misfit}): set model.decoder_dim and "
                 "model.decoder_depth as it has them, or strict=false for a new decoder"

@@ -15,6 +15,7 @@ from fcmae.errors import UserError
 
 AdaptChannels = Literal["sum", "repeat"]
 
+_MOST_NAMES = 20
 _CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -168,7 +169,7 @@ def adapt_channels(kernel: Tensor, channels: int, how: AdaptChannels) -> Tensor:
 
 
 def _first(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors (first: {names[0]})"
+    return f"{len(names)} tensors ({', '.join(names[:_MOST_NAMES])}{', ...' if len(names) > _MOST_NAMES else ''})"
 
 
 def _reshaped(value: Tensor, shape: torch.Size) -> Tensor:

@@ -1,25 +1,22 @@
 """Trained weights from whatever file has them. Nothing is ever unpickled."""
 
-import argparse
 import contextlib
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fcmae.checkpoints.descriptions import check_description, is_license
 from fcmae.checkpoints.foreign import describe_foreign
 from fcmae.checkpoints.format import DESCRIPTION, FORMAT, newest_checkpoint
-from fcmae.checkpoints.hub import fetch, known_license
+from fcmae.checkpoints.hub import Fetched, fetch, known_license, stated_license
 from fcmae.checkpoints.layouts import WRITTEN_BY, Layout, find_weights
-from fcmae.checkpoints.lineage import Lineage, origin
+from fcmae.checkpoints.lineage import DROPPED, Lineage, binding, origin
+from fcmae.checkpoints.opening import open_weights
 from fcmae.errors import UserError
 
 _STANDARD = (  # in a folder, the first that is there
@@ -69,7 +66,11 @@ class Weights:
         return self.description is not None and "format" in self.description
 
     def descent(self) -> Lineage:
-        """The lineage of what is trained from these weights. Reads the whole file, for its checksum."""
+        """The lineage of what is trained from these weights. Reads the whole file, for its checksum.
+
+        Raises:
+            UserError: it is gone by now.
+        """
         return [*self.lineage, origin(self.file, source=self.source, license=self.license)]
 
 
@@ -90,10 +91,9 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     name, fetched = str(path), None
     if name.startswith(_HUBS):
         fetched = fetch(name)
-        path = fetched.folder
-    path = Path(path)
+    path = fetched.folder if fetched else Path(name).expanduser()
     file = _find(path)
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_plain_data(file)
+    content, carried = open_weights(file)
     description = _description(content, file)
     plain, average = _plain_and_average(content, description)
     best = (description or {}).get("best", {}).get("metric")
@@ -104,9 +104,9 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     if ema is False and average and not plain:
         raise UserError(f"{file} holds the moving average of the weights alone: read that, ema=True")
     found = find_weights(plain if ema is False else average or plain, file)
-    said = description or describe_foreign(file.parent) if file.name in _STANDARD else description
-    # What is known of a file counts before what somebody has written beside it.
-    license = None if description else (fetched and fetched.license) or known_license(file.name)
+    said = description or (describe_foreign(file.parent) if file.name in _STANDARD else None)
+    if description is None and carried:  # one of our exports that has lost the description beside it
+        said = (said or {}) | carried
     return Weights(
         weights=found.encoder,
         file=file,
@@ -116,9 +116,9 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         layout=found.layout,
         decoder=found.decoder,
         ignored=found.ignored,
-        lineage=list((description or {}).get("lineage", [])),
-        license=license or (said or {}).get("license"),
-        source=f"{name.partition('@')[0]}@{fetched.revision}" if fetched else _source(file, description),
+        lineage=list((said or {}).get("lineage", [])),
+        license=_license(file, said, fetched),
+        source=f"hf-hub:{fetched.repo}@{fetched.revision}" if fetched else _source(file, description),
     )
 
 
@@ -148,69 +148,51 @@ def _find(path: Path) -> Path:
             return path / name
     file = newest_checkpoint(path)
     if file is None:
-        raise UserError(f"{path} holds no checkpoint that can be read: give a run's folder, an export or a file")
+        if (path / "model.safetensors.index.json").is_file():
+            raise UserError(f"{path} holds its weights in several files: save them in one, with max_shard_size='99GB'")
+        if (path / DESCRIPTION).is_file():
+            raise UserError(
+                f"{path} is an export for other programs alone: give what it was made of, or to=timm, to=hf"
+            )
+        others = ", ".join(_STANDARD)
+        raise UserError(
+            f"{path} holds no checkpoint that can be read: give a run's folder, a file, or one with {others}"
+        )
     return file
 
 
 def _hub(path: Path) -> str:
     """What may have been meant by a path that does not exist."""
-    if re.fullmatch(r"convnextv2_\w+\.\w+", str(path)):
+    if re.fullmatch(r"convnextv2_\w+\.\w+", str(path)) and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         return f", or timm:{path} to download it"
     return f", or hf-hub:{path} to download it" if re.fullmatch(r"[\w.-]+/convnextv2[\w.-]+", str(path)) else ""
 
 
-def _read_safetensors(file: Path) -> Any:
-    try:
-        return load_file(file)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read, it is truncated or no safetensors file ({_reason(error)})") from error
-
-
-def _read_plain_data(file: Path) -> Any:
-    # Files of the authors and of timm hold their command line. Letting argparse.Namespace through runs nothing of a
-    # file's choice: it has no __setstate__ or __reduce__ and takes no positional arguments, so a file can only set
-    # attributes of a new one, to values that the same reader has let through. (One named __setstate__ would be called,
-    # but the functions that get through may be called anyway.) Nothing here looks at them.
-    try:
-        zipped = zipfile.is_zipfile(file)
-        if zipped:
-            _check_zip(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {found[1]}" if found else "or it is truncated"
-        raise UserError(f"{file} holds more than tensors and plain data ({what}): give a state dict alone") from error
-    except Exception as error:
-        raise UserError(f"{file} cannot be read, it is truncated or no checkpoint ({_reason(error)})") from error
-
-
-def _check_zip(file: Path) -> None:
-    """torch stores its entries as they are. Compressed ones could be a few bytes that unpack to terabytes."""
-    with zipfile.ZipFile(file) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        claimed = sum(entry.file_size for entry in archive.infolist())
-    if packed or claimed > file.stat().st_size:
-        what = f"{packed[0]} is compressed" if packed else f"its entries claim {claimed:,} bytes"
-        raise UserError(f"{file} is a zip file as torch does not write it ({what}): it is damaged or made to harm")
-
-
-def _reason(error: Exception) -> str:
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.120}"
+def _license(file: Path, said: dict[str, Any] | None, fetched: Fetched | None) -> str | None:
+    """Of all that is said of a file's licence, what binds most."""
+    stated = [(said or {}).get("license")]
+    if not any(entry.get(DROPPED) for entry in (said or {}).get("lineage", [])):  # else what it says itself counts
+        # As the hub's cache calls its folders, and as we say to call one that is fetched by hand.
+        repositories = [part.removeprefix("models--").replace("--", "/", 1) for part in file.absolute().parts]
+        stated += map(known_license, repositories)
+        if fetched is not None:
+            stated.append(fetched.license)
+        elif file.name in _STANDARD:
+            stated.append(stated_license(file.parent))
+    return binding([license for license in stated if is_license(license)])
 
 
 def _description(content: Any, file: Path) -> dict[str, Any] | None:
     """What one of our own files says of itself: a checkpoint inside, an export in the file beside it."""
     found: Any = content.get("fcmae") if isinstance(content, dict) else None
     if file.name in _STANDARD:
-        with contextlib.suppress(OSError, ValueError):  # not there, or somebody else's
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # not there, or somebody else's
             found = json.loads((file.parent / DESCRIPTION).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not {"format", "model"} <= found.keys():
         return None
     if found["format"] != FORMAT:
         raise UserError(f"{file} has format {found['format']}, this fcmae reads {FORMAT}: use the fcmae that wrote it")
+    check_description(found, file)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.checkpoints.names import Size, has_grn, to_hf, to_official
+from fcmae.checkpoints.names import HF_TO_TIMM, Size, has_grn, renamed, to_hf, to_official
 from fcmae.conversion.conversion import Conversion
 from fcmae.conversion.hf import check_transformers, without_bars
 from fcmae.errors import UserError
@@ -30,7 +30,6 @@ class Backbone(Conversion):
     """
 
     library: ClassVar[str] = "transformers"
-    extra: ClassVar[str] = "export"
     keeps_classifier: ClassVar[bool] = False
 
     def check(self, trained: Trained) -> None:
@@ -73,12 +72,21 @@ class Backbone(Conversion):
 
     @torch.inference_mode()
     def outputs(self, folder: Path, images: Tensor) -> list[Tensor]:
-        """What transformers computes; `openmmlab.pth` holds the same weights, and OpenMMLab is not asked."""
+        """What transformers computes. OpenMMLab is not asked: `openmmlab.pth` has to hold the same weights.
+
+        Raises:
+            UserError: it has not.
+        """
         import transformers
 
         # AutoBackbone of transformers 5 asks the hub first and takes no folder.
         with without_bars():
             backbone = transformers.ConvNextV2Backbone.from_pretrained(folder, local_files_only=True)
+        theirs = torch.load(folder / OPENMMLAB, weights_only=True, mmap=True)["state_dict"]
+        state = {name: value for name, value in backbone.state_dict().items() if not name.startswith("hidden_")}
+        weights = renamed({f"convnextv2.{name}": value for name, value in state.items()}, HF_TO_TIMM)
+        if not all(torch.equal(theirs[name], value) for name, value in _to_openmmlab(weights).items()):
+            raise UserError(f"{OPENMMLAB} did not come out as the rest: nothing is left of the export")
         return list(backbone(images).feature_maps)
 
     @torch.inference_mode()

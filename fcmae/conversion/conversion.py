@@ -15,12 +15,10 @@ class Conversion(ABC):
 
     Attributes:
         library: its name on a model card.
-        extra: what of fcmae's extras has to be installed for it; empty if nothing.
         keeps_classifier: whether a classifier goes with the network.
     """
 
     library: ClassVar[str]
-    extra: ClassVar[str] = ""
     keeps_classifier: ClassVar[bool] = True
 
     @abstractmethod

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fcmae
+from fcmae.checkpoints.carried import stamp
 from fcmae.checkpoints.format import DESCRIPTION, FORMAT
 from fcmae.checkpoints.lineage import Lineage, settle_license
 from fcmae.checkpoints.names import Size, has_grn
@@ -57,6 +58,10 @@ def check_out(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} holds something already: name a new folder, or empty it first")
+    if out.is_dir() and (out.is_mount() or out.resolve() == Path.cwd()):
+        raise UserError(
+            f"out={out} is a place that cannot be replaced: name a new folder in it, such as {out / 'export'}"
+        )
     for folder in out.parents:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"out={out} cannot be made, {folder} is a file: name another folder")
@@ -94,6 +99,9 @@ def convert(
     with _folder_for(out) as folder:
         progress(f"writing {out}")
         conversion.write(replace(trained, source=replace(trained.source, license=license)), folder)
+        given = trained if conversion.keeps_classifier else replace(trained, class_names=(), multi_label=False)
+        about = description(given, lineage=lineage, license=license)
+        stamp(folder, about)
         progress(f"comparing with {conversion.library}")
         images = photographs(trained.preparation)
         found = difference(conversion.expected(trained, images), conversion.outputs(folder, images), images)
@@ -112,10 +120,8 @@ def convert(
             lineage=lineage,
             exported=out.name,
         )
-        given = trained if conversion.keeps_classifier else replace(trained, class_names=(), multi_label=False)
-        about = description(given, lineage=lineage, license=license)
         (folder / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(given, conversion, facts), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(given, conversion, facts, about), encoding="utf-8")
     return Export(folder=out, library=library, difference=found, license=license)
 
 
@@ -156,8 +162,8 @@ def description(trained: Trained, *, lineage: Lineage, license: str | None) -> d
 def _folder_for(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that becomes it when the block ends well, and vanishes when it does not."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        there = next(folder for folder in out.absolute().parents if folder.is_dir())
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=there))
     except OSError as error:
         raise UserError(f"out={out} cannot be made: {error.strerror}; name another folder") from error
     try:
@@ -166,6 +172,7 @@ def _folder_for(out: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
+        out.parent.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o777 & ~_umask())
         folder.replace(out)  # takes the place of an empty folder too
     except OSError as error:

@@ -25,7 +25,6 @@ class HuggingFace(Conversion):
     """
 
     library: ClassVar[str] = "transformers"
-    extra: ClassVar[str] = "export"
 
     def check(self, trained: Trained) -> None:
         """transformers' ConvNextV2 always has GRN.
@@ -66,7 +65,16 @@ class HuggingFace(Conversion):
             if config.architectures == ["ConvNextV2ForImageClassification"]:
                 model = transformers.AutoModelForImageClassification.from_pretrained(folder)
                 return [model(images).logits]
-            return [transformers.AutoModel.from_pretrained(folder)(images).last_hidden_state]
+            outputs = transformers.AutoModel.from_pretrained(folder)(images)
+            return [outputs.last_hidden_state, outputs.pooler_output]
+
+    @torch.inference_mode()
+    def expected(self, trained: Trained, images: Tensor) -> list[Tensor]:
+        """Logits; without a classifier the last feature map, and its mean behind the final norm."""
+        if trained.class_names:
+            return super().expected(trained, images)
+        features = trained.net.forward_features(images)
+        return [features, trained.net.forward_head(features, pre_logits=True)]
 
     def usage(self, name: str, trained: Trained) -> str:
         """A pipeline where it can read the pictures, else the model and what there is to prepare them."""

@@ -52,9 +52,17 @@ class Official(Conversion):
 
     @torch.inference_mode()
     def outputs(self, folder: Path, images: Tensor) -> list[Tensor]:
-        """Of timm's network, with the file read by timm's reader of the authors' files, strictly."""
-        file = folder / "model.pth"
+        """Of timm's network, with the file read by timm's reader of the authors' files, strictly.
+
+        Raises:
+            UserError: `finetune.pth` has other weights.
+        """
+        file, other = folder / "model.pth", folder / "finetune.pth"
         weights = renamed(torch.load(file, weights_only=True, mmap=True)["model"], OFFICIAL_TO_TIMM)
+        if other.is_file():
+            same = renamed(torch.load(other, weights_only=True, mmap=True)["model"], OFFICIAL_TO_TIMM)
+            if same.keys() != weights.keys() or not all(torch.equal(same[key], weights[key]) for key in weights):
+                raise UserError(f"{other.name} did not come out as {file.name}: nothing is left of the export")
         name, options = architecture(weights)
         net = timm.create_model(name, num_classes=len(weights.get("head.fc.weight", ())), **options).eval()
         load_checkpoint(net, str(file), filter_fn=checkpoint_filter_fn, weights_only=True)

@@ -31,7 +31,6 @@ class Onnx(Conversion):
     """
 
     library: ClassVar[str] = "onnxruntime"
-    extra: ClassVar[str] = "export"
 
     def check(self, trained: Trained) -> None:
         """ONNX holds whatever we train, if its packages are installed.

@@ -57,7 +57,13 @@ def load_trained(path: str | Path, *, ema: bool | None = None, image_size: tuple
     in_chans = int(source.weights[STEM].shape[1])
     classes = len(source.weights["head.fc.weight"]) if "head.fc.weight" in source.weights else 0
     with torch.device("meta"):  # nothing is allocated before all is known to fit
-        load_into(_network(source.weights, in_chans=in_chans, classes=classes), source)
+        report = load_into(_network(source.weights, in_chans=in_chans, classes=classes), source)
+    amiss = [name for name in (*report.fresh, *report.left_out) if name.startswith("head.")]
+    if classes and amiss:
+        raise UserError(
+            f"{source.file} holds only part of a classifier, {amiss[0]} is missing or of another shape: give it whole, "
+            "or its encoder alone"
+        )
     net = _network(source.weights, in_chans=in_chans, classes=classes)
     load_into(net, source)
     try:
@@ -90,6 +96,8 @@ def _said(source: Weights, *, classes: int, in_chans: int) -> tuple[tuple[str, .
         raise ValueError(f"image_size={side!r}")
     default = (_IMAGENET_MEAN, _IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
     mean, std = (tuple(map(float, given.get(key, value))) for key, value in zip(("mean", "std"), default, strict=True))
+    if not source.ours and not len(mean) == len(std) == in_chans:  # what is beside the weights is of other images
+        mean, std = default
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"{in_chans} channels with {len(mean)} means and {len(std)} deviations")
     crop_pct = said.get("crop_pct", "auto")

@@ -142,4 +142,4 @@ class ClassificationModule(TrainingModule):
         """Writes `model.safetensors`, in timm's names: the moving average where there is one."""
         net = self.net if self.ema is None else self.ema.module
         weights = {"weights": "network" if self.ema is None else "moving average"}
-        export_network(net, folder / "model.safetensors", self.description | weights)
+        export_network(net, folder / "model.safetensors", self.described | weights)

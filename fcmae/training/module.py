@@ -53,6 +53,11 @@ class TrainingModule(L.LightningModule):
     def compile_network(self) -> None:
         """From here on, the network goes through torch.compile."""
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The description of the weights as they are now."""
+        return self.description | {"step": self.global_step}
+
     def check_device(self, device: torch.device) -> None:  # most work on any
         """Refuses a device on which the network cannot run.
 
@@ -113,4 +118,4 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fcmae"] = self.description | ({"best": self.standing} if self.standing else {})
+        checkpoint["fcmae"] = self.described | ({"best": self.standing} if self.standing else {})

@@ -88,4 +88,4 @@ class PretrainModule(TrainingModule):
 
     def export(self, folder: Path) -> None:
         """Writes `encoder.safetensors`, in timm's names."""
-        export_network(self.model.encoder.net, folder / "encoder.safetensors", self.description)
+        export_network(self.model.encoder.net, folder / "encoder.safetensors", self.described)

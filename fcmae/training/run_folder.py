@@ -75,8 +75,8 @@ class RunFolder:
         Raises:
             UserError: names what differs from the run in the folder.
         """
-        if not self.config.is_file():
-            return
+        if not self.config.is_file() or self.newest_checkpoint() is None:
+            return  # nothing has been trained that could be lost
         earlier = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
         differing = list(_differences(earlier, config))
         if differing:

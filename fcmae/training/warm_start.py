@@ -34,13 +34,20 @@ class Start:
 
 
 def start_from(
-    init: str | None, model: FCMAE, *, earlier: Path | None, adapt_in_chans: AdaptChannels | None, strict: bool
+    init: str | None,
+    model: FCMAE,
+    *,
+    run_dir: Path,
+    earlier: Path | None,
+    adapt_in_chans: AdaptChannels | None,
+    strict: bool,
 ) -> Start:
     """Gives a model the weights that its run is to start from.
 
     Args:
         init: as for `read_weights`; None: from scratch.
         model: freshly made.
+        run_dir: of the run, where it cannot start from.
         earlier: a checkpoint that the run goes on from, which has all that is needed; `init` may be gone by then.
         adapt_in_chans: see `load_into`.
         strict: see `load_autoencoder`.
@@ -53,6 +60,10 @@ def start_from(
         return Start(said.get("lineage", []), said.get("new_decoder", True))
     if init is None:
         return Start([], new_decoder=True)
+    if run_dir.resolve() in (Path(str(init)).resolve(), *Path(str(init)).resolve().parents):
+        raise UserError(
+            f"init={init} is the run's own folder: give this run another run_name, or leave init out to go on with it"
+        )
     weights = read_weights(init)
     report = load_autoencoder(model, weights, adapt_in_chans=adapt_in_chans, strict=strict)
     return Start(weights.descent(), not report.decoder, tuple(report.lines()))
