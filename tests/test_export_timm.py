@@ -231,7 +231,7 @@ ROUNDS = [
     pytest.param(size, *kind, marks=[pytest.mark.slow] if size in LARGE else [])
     for size in SIZES
     for kind in KINDS
-    if kind[0] != 1 and (size == "atto" or kind in ((3, 5), (13, 0)))
+    if kind[0] != 1 and (size not in LARGE or kind in ((3, 5), (13, 0)))
 ]
 
 
