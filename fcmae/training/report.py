@@ -35,7 +35,9 @@ def start(
         trainer.num_nodes,
         trainer.accumulate_grad_batches,
     )
-    log.info("epoch: %s", data.epoch_line(module.effective_batch))
+    limit = trainer.limit_train_batches  # a share, unless somebody gave a number
+    ended = f"; trainer.limit_train_batches={limit} ends it earlier" if isinstance(limit, int) else ""
+    log.info("epoch: %s%s", data.epoch_line(module.effective_batch), ended)
     log.info(
         "learning rate: %.3g = %.3g x %d / 256, warm-up over %g epochs, then a cosine to %g",
         optim.peak_lr(module.effective_batch),
