@@ -88,6 +88,7 @@ def check_run(config: DictConfig) -> None:
     for name in ("epochs", "trainer.max_epochs", "save.every_n_steps", "save.keep"):
         check_whole(config, name, least=1)
     check_whole(config, "seed", least=0, most=2**32 - 1)
+    check_whole(config, "rank_timeout", least=1)
     if config.trainer.limit_train_batches is not None:
         check_whole(config, "trainer.limit_train_batches", least=1)
     if config.effective_batch is not None:

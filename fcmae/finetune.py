@@ -1,5 +1,10 @@
 """`python -m fcmae.finetune +model=tiny checkpoint=outputs/pretrain/x data.path=DIR`: classification."""
 
+from fcmae.stopping import watch
+
+if __name__ == "__main__":
+    watch()  # before the imports below, which take seconds
+
 from pathlib import Path
 from typing import Any
 

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fcmae.config_check import check_config, closest, mandatory, no_choice
-from fcmae.errors import UserError
+from fcmae.errors import RanksLostError, UserError
+from fcmae.files import write_text
 
 
 def run(verb: str, task: Callable[[DictConfig], None]) -> None:
@@ -35,6 +36,9 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
             task(config)
         except UserError as error:
             _fail(str(error))
+        except RanksLostError as error:
+            print(f"fcmae: {error}", file=sys.stderr)  # noqa: T201
+            raise SystemExit(1) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
@@ -170,5 +174,7 @@ def _all_keys(verb: str, folder: Path, without: str) -> list[str]:
 def _fail(message: str) -> NoReturn:
     # An error of a data loader's worker arrives with the worker's traceback around it; its last line is the message.
     line = message.strip().splitlines()[-1].removeprefix("fcmae.errors.UserError: ")
+    if os.environ.get("FCMAE_REFUSED"):  # a job's supervisor wants to know why it need not try again
+        write_text(Path(os.environ["FCMAE_REFUSED"]), f"{line}\n")
     print(f"fcmae: {line}", file=sys.stderr)  # noqa: T201
     raise SystemExit(2)

@@ -1,5 +1,10 @@
 """`python -m fcmae.pretrain +model=tiny`: masked-autoencoder pre-training."""
 
+from fcmae.stopping import watch
+
+if __name__ == "__main__":
+    watch()  # before the imports below, which take seconds
+
 from omegaconf import DictConfig
 
 from fcmae.checkpoints.format import describe

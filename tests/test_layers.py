@@ -12,7 +12,7 @@ PACKAGE = Path(fcmae.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 FLOORS = [
     {"errors"},
-    {"files"},
+    {"files", "stopping"},
     {"masking"},
     {"packing"},
     {"engines"},

@@ -17,7 +17,9 @@ from fcmae.data.loader import Normalization, open_loader
 from fcmae.data.sampler import EpochSampler, Order
 from fcmae.data.source import Batch, Source
 from fcmae.data.transforms import Augment
+from fcmae.data.watch import WatchedLoader
 from fcmae.errors import UserError
+from fcmae.stopping import Gate, OpenGate
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the run's seed
 
@@ -65,6 +67,7 @@ class ImageDataModule(L.LightningDataModule):
         self._check()
         self._loaded: Source | None = None
         self.steps_done = 0
+        self.gate: Gate = OpenGate()
         self.normalize = Normalization(*self.numbers)
 
     @property
@@ -203,14 +206,22 @@ class ImageDataModule(L.LightningDataModule):
             weights=self.weights(),
             order=self.order(indices),
         )
-        return self._loader(self.dataset(indices, train=True), order, pictures=self.batch_size // self.repeats)
+        loader = self._loader(self.dataset(indices, train=True), order, pictures=self.batch_size // self.repeats)
+        loader.gate = self.gate
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The held-out images, always in the same order; ranks share them out."""
         _, indices = self.split()
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order = [(0, index) for index in range(rank, len(indices), world_size)]
-        return self._loader(self.dataset(indices, train=False), order, pictures=self.batch_size, most_workers=2)
+        loader = self._loader(self.dataset(indices, train=False), order, pictures=self.batch_size, most_workers=2)
+        limit = self.trainer.limit_val_batches if self.trainer else 1.0
+        if world_size == 1 or (isinstance(limit, float) and limit == 1):  # else ranks may take different numbers of
+            # batches, and would wait for each other
+            loader.gate = self.gate
+            loader.rounds = -(-len(indices) // (world_size * self.batch_size))  # of the rank that has most
+        return loader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Pixels to normalised float32, on the device, in channels-last memory."""
@@ -223,7 +234,7 @@ class ImageDataModule(L.LightningDataModule):
         *,
         pictures: int,
         most_workers: int = 1000,
-    ) -> DataLoader[Batch]:
+    ) -> WatchedLoader:
         return open_loader(
             dataset,
             order,

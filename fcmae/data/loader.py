@@ -2,14 +2,15 @@
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from fcmae.data.dataset import ImageDataset
-from fcmae.data.source import Batch, collate
+from fcmae.data.source import collate
 from fcmae.data.watch import WatchedLoader
 
 
@@ -22,7 +23,7 @@ def open_loader(
     most_workers: int = 1000,
     local_ranks: int = 1,
     timeout: float = 0,
-) -> DataLoader[Batch]:
+) -> WatchedLoader:
     """Batches of a data set.
 
     Args:
@@ -84,6 +85,22 @@ def usable_cores() -> int:
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """What a worker process begins with."""
-    # Ctrl-C reaches every process of a terminal; the run's own ends its step and then its workers.
+    """What a worker process begins with.
+
+    Ctrl-C reaches every process of a terminal, and what a cluster sends every process of a job: the run itself ends
+    its step, saves, and then ends its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # neither Windows nor macOS has it
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(run: int) -> None:
+    """Ends this process when the run says so, or is gone: the worker holds a copy of its connections open."""
+    while os.getppid() == run:
+        told = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if told is not None and told.si_pid == run:
+            break
+    os._exit(0)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.source import Batch
 from fcmae.errors import UserError
+from fcmae.stopping import Gate, OpenGate
 
 _LONGEST = 512  # bytes of a name
 
@@ -40,6 +41,10 @@ class Reading:
 class WatchedLoader(DataLoader[Batch]):
     """A loader that says at which picture a worker died, or did nothing for `timeout` seconds.
 
+    Attributes:
+        gate: asked before each batch.
+        rounds: how often it is asked in a pass, which may be more often than this rank has batches.
+
     Raises, from its iterator:
         UserError: a worker did.
     """
@@ -48,15 +53,18 @@ class WatchedLoader(DataLoader[Batch]):
 
     def __init__(self, dataset: ImageDataset, **options: Any) -> None:
         super().__init__(dataset, **options)  # type: ignore[arg-type]
+        self.gate: Gate = OpenGate()
+        self.rounds = 0
         self._reading = Reading(self.num_workers)
         if self.num_workers:
             dataset.reading = self._reading
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches: Any = super().__iter__()
+        asked, last = 0, len(self)
         while True:
             try:
-                batch = next(batches)
+                batch = self.gate.fetch(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch of a worker that is gone
@@ -64,6 +72,10 @@ class WatchedLoader(DataLoader[Batch]):
                 if reason is None:
                     raise
                 raise UserError(reason) from error
+            asked += 1
+            if asked == last:  # nobody comes back for more
+                for _ in range(last, self.rounds):
+                    self.gate.agree()
             yield batch
 
     def _reason(self, batches: Any, message: str) -> str | None:

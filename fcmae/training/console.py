@@ -20,6 +20,7 @@ _NOT_FOR_USERS = (
     r".*TF32.*",
     r".*It is recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has done that
     r".*module\(s\) in eval mode at the start of training.*",  # a moving average is, and a frozen network
+    r".*`srun` command is available.*",  # check_launch knows better when it is missing
     r"Grad strides do not match bucket view strides.*",
 )
 
@@ -34,6 +35,15 @@ def open_console() -> Console:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out warnings that tell a user nothing."""
+    with warnings.catch_warnings():
+        for pattern in _NOT_FOR_USERS:
+            warnings.filterwarnings("ignore", pattern)
+        yield
 
 
 @contextlib.contextmanager
@@ -65,9 +75,7 @@ def messages(console: Console, *, log_file: Path | None, silent: bool = False) -
     for handler in handlers:
         log.addHandler(handler)
     try:
-        with warnings.catch_warnings():
-            for pattern in _NOT_FOR_USERS:
-                warnings.filterwarnings("ignore", pattern)
+        with quiet():
             yield
     finally:
         for handler in handlers:

@@ -2,7 +2,6 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from fcmae.errors import UserError
 
@@ -25,11 +24,6 @@ def choose_precision(setting: str | int, accelerator: str) -> str:
         return setting
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-
-
-def cluster_environment() -> list[SLURMEnvironment]:
-    """SLURM's environment inside a SLURM job, without Lightning's requeueing, which saves in a signal handler."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def set_accumulation(trainer: L.Trainer, *, batch_size: int, effective_batch: int | None) -> int:

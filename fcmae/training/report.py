@@ -60,6 +60,7 @@ def end(folder: RunFolder, trainer: L.Trainer, next_command: str) -> None:
         name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if name.startswith("val_")
     }
     write_text(folder.summary, json.dumps({"steps": trainer.global_step, **metrics}, indent=2) + "\n")
+    folder.journal.finished(step=trainer.global_step)
     log.info("finished after %d steps", trainer.global_step)
     _say_where(folder, next_command)
 
@@ -72,9 +73,13 @@ def already_finished(folder: RunFolder, next_command: str) -> None:
     _say_where(folder, next_command)
 
 
-def stopped(step: int) -> None:
+def stopped(folder: RunFolder, trainer: L.Trainer, by: str) -> None:
     """For a run that ends before its last step."""
-    log.info("interrupted after %d steps, which are saved; the same command goes on from there", step)
+    if trainer.is_global_zero:
+        folder.journal.stopped(step=trainer.global_step, signal=by)
+    log.info(
+        "interrupted after %d steps (%s), which are saved; the same command goes on from there", trainer.global_step, by
+    )
 
 
 def _say_where(folder: RunFolder, next_command: str) -> None:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from fcmae.checkpoints.format import newest_checkpoint
 from fcmae.errors import UserError
 from fcmae.files import write_text
+from fcmae.training.journal import Journal
 
 # What may differ when a run goes on: it changes how the run is watched or fed, or on how many devices it runs, not
 # what it computes. Where it changes the effective batch, `check_same_steps` notices.
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = (
     "pictures",
     "save",
     "probe",
+    "rank_timeout",
     "data.batch_size",
     "data.num_workers",
     "data.timeout",
@@ -60,6 +62,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
+        self.journal = Journal(path / "journal.jsonl")
         self.skipped = path / "skipped.jsonl"
         self.checkpoints = path / "checkpoints"
         self.exported = path / "exported"

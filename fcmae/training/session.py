@@ -1,6 +1,8 @@
 """One run, from a checked configuration to its end: the folder, the lock, the loggers, the fit, the report."""
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,15 +16,23 @@ from rich.console import Console
 
 from fcmae.checkpoints.format import check_same_steps, read_checkpoint
 from fcmae.data.datamodule import ImageDataModule
+from fcmae.stopping import STOPPED, watching
 from fcmae.training import report
+from fcmae.training.agreement import Agreement, RunInterrupted
 from fcmae.training.callbacks.broken_images import BrokenImages
-from fcmae.training.callbacks.checkpoints import Checkpoints, RunInterrupted
+from fcmae.training.callbacks.checkpoints import Checkpoints
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.callbacks.progress import ProgressBar
+from fcmae.training.callbacks.ranks import Ranks
 from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.checkpoint_io import AtomicCheckpointIO
-from fcmae.training.console import messages, open_console
-from fcmae.training.geometry import choose_precision, cluster_environment, set_accumulation
+from fcmae.training.console import messages, open_console, quiet
+from fcmae.training.geometry import choose_precision, set_accumulation
+from fcmae.training.launching import (
+    check_launch,
+    leave_signals_to_us,
+    same_everywhere,
+)
 from fcmae.training.loggers import start_loggers, wandb_run_id
 from fcmae.training.module import TrainingModule
 from fcmae.training.run_folder import RunFolder
@@ -80,6 +90,11 @@ def train(setting: Setting, make_parts: Callable[[RunFolder], Parts]) -> None:
     Raises:
         UserError: something that the user can mend.
     """
+    with watching() as request:
+        _train(setting, make_parts, Agreement(request))
+
+
+def _train(setting: Setting, make_parts: Callable[[RunFolder], Parts], agreement: Agreement) -> None:
     config = setting.config
     folder, console = RunFolder(Path(config["run_dir"])), open_console()
     start_over = config["resume"] == "never"
@@ -92,7 +107,14 @@ def train(setting: Setting, make_parts: Callable[[RunFolder], Parts]) -> None:
     checkpoint = None if start_over else folder.newest_checkpoint()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     parts = make_parts(folder)
-    trainer = _trainer(setting, parts, folder, console)
+    parts.data.gate = agreement
+
+    def facts() -> dict[str, str]:
+        return same_everywhere(config, parts.module.description["steps"]["data"], checkpoint)
+
+    ranks = Ranks(agreement=agreement, facts=facts, timeout=config["rank_timeout"], journal=folder.journal)
+    with quiet():
+        trainer = _trainer(setting, parts, folder, console, ranks)
     _join(config, parts, trainer, checkpoint)
 
     first = trainer.is_global_zero
@@ -109,15 +131,20 @@ def train(setting: Setting, make_parts: Callable[[RunFolder], Parts]) -> None:
         for line in parts.lines:
             log.info(line)
         report.start(folder, parts.module, parts.data, trainer, checkpoint)
-        _fit(setting, folder, parts, trainer, checkpoint)
+        if first:
+            folder.journal.started(step=parts.data.steps_done, world_size=trainer.num_devices * trainer.num_nodes)
+        with agreement.request.held():
+            _fit(setting, folder, parts, trainer, checkpoint, ranks)
 
 
-def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console) -> L.Trainer:
+def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console, ranks: Ranks) -> L.Trainer:
     throughput, finite_loss = Throughput(), FiniteLoss()
     options, save = setting.config["trainer"], setting.config["save"]
-    return setting.trainer(
+    launch = check_launch(options, os.environ)
+    trainer = setting.trainer(
         precision=choose_precision(options["precision"], options["accelerator"]),
         callbacks=[
+            ranks,
             throughput,
             finite_loss,
             BrokenImages(file=folder.skipped, images=len(parts.data.source), max_broken=parts.data.max_broken),
@@ -131,15 +158,18 @@ def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console
                 best_by=parts.best_by,
                 finite_loss=finite_loss,
                 throughput=throughput,
+                journal=folder.journal,
             ),
         ],
-        plugins=[AtomicCheckpointIO(), *cluster_environment()],
+        plugins=[AtomicCheckpointIO(), launch.environment],
         logger=False,
         default_root_dir=str(folder.path),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    leave_signals_to_us(trainer)
+    return trainer
 
 
 def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
@@ -166,15 +196,25 @@ def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: 
         module.compile_network()
 
 
-def _fit(setting: Setting, folder: RunFolder, parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
+def _fit(
+    setting: Setting, folder: RunFolder, parts: Parts, trainer: L.Trainer, checkpoint: Path | None, ranks: Ranks
+) -> None:
     try:
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        steps = int(trainer.estimated_stepping_batches)
+        if trainer.global_step == steps and parts.module.validated_at != steps:
+            trainer.validate(parts.module, datamodule=parts.data, verbose=False)  # it was stopped just before that
     except RunInterrupted as error:
-        report.stopped(trainer.global_step)
-        raise SystemExit(128 + error.signum) from None
-    if trainer.global_step < int(trainer.estimated_stepping_batches):  # by an option such as trainer.max_time
-        report.stopped(trainer.global_step)
+        report.stopped(folder, trainer, signal.Signals(error.signum).name)
+        ranks.agreement.wait()  # a launcher may kill all ranks as soon as one of them ends
+        raise SystemExit(130 if error.signum == signal.SIGINT else STOPPED) from None
+    except Exception as error:
+        if ranks.lost is None:
+            raise
+        raise ranks.lost from error
+    finally:
+        ranks.close()
+    if trainer.global_step < steps:  # by an option such as trainer.max_time
+        report.stopped(folder, trainer, "an option of the trainer")
         return
-    if parts.module.validated_at != trainer.global_step:  # stopped between the last step and its validation
-        trainer.validate(parts.module, datamodule=parts.data, verbose=False)
     report.end(folder, trainer, setting.next_command)

@@ -1,8 +1,7 @@
-"""Writes checkpoints: every so many steps, at the end, and when the user interrupts."""
+"""Writes checkpoints: every so many steps, at the end, and when a signal stops the run."""
 
 import math
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,20 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fcmae.checkpoints.format import read_checkpoint
 from fcmae.errors import UserError
+from fcmae.training.agreement import RunInterrupted
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.callbacks.throughput import Throughput
+from fcmae.training.journal import Journal
 from fcmae.training.module import TrainingModule
-
-
-class RunInterrupted(Exception):  # noqa: N818
-    """A signal asked the run to stop, and what was trained is saved.
-
-    Attributes:
-        signum: the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 class Checkpoints(Checkpoint):
     """Saves `epoch=...-step=....ckpt`, points `last.ckpt` at it, and refreshes what is exported.
 
-    Only ever after a whole optimiser step, so that a checkpoint means one thing: so many steps are done. The first
-    Ctrl-C or SIGTERM ends the step under way, saves and stops; a second Ctrl-C stops at once. After a validation that
-    is better than all before, it saves `best.ckpt` too, which holds the weights alone: to be used, not to go on from.
+    A checkpoint means one thing: so many optimiser steps are done. Where a signal stops the run among the batches of a
+    step, or in a validation, the weights are still those after the last whole step, and the loops' progress is saved as
+    it was then. After a validation that is better than all before, `best.ckpt` is saved too, which holds the weights
+    alone: to be used, not to go on from.
 
     Args:
         folder: of the checkpoints.
@@ -45,6 +35,7 @@ class Checkpoints(Checkpoint):
         best_by: names of metrics; the best checkpoint is that with the highest one. None of them: no best checkpoint.
         finite_loss: asked before saving.
         throughput: whose clock stands still meanwhile.
+        journal: of the run.
     """
 
     def __init__(
@@ -57,6 +48,7 @@ class Checkpoints(Checkpoint):
         best_by: Sequence[str],
         finite_loss: FiniteLoss,
         throughput: Throughput,
+        journal: Journal,
     ) -> None:
         self.folder = folder
         self.exported = exported
@@ -65,19 +57,17 @@ class Checkpoints(Checkpoint):
         self.best_by = best_by
         self.finite_loss = finite_loss
         self.throughput = throughput
-        self._signum = 0
-        self._previous_handlers: dict[int, Any] = {}
+        self.journal = journal
         self._best: dict[str, Any] = {}
+        self._loops: dict[str, Any] = {}  # Lightning's, after the last whole step
+        self._saved = 0  # steps of the newest checkpoint
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # By now Lightning has a handler of its own for SIGTERM, in which a run with several ranks waits for ever.
+        self._saved = trainer.global_step
         resumed, last = Path(trainer.ckpt_path or ""), self.folder / "last.ckpt"
         if trainer.is_global_zero and resumed.is_file() and resumed != last:
             _link(resumed, last)  # in case the run was killed between saving and this
         self._best = _standing(self.folder / "best.ckpt")
-        self._previous_handlers = {
-            signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGINT, signal.SIGTERM)
-        }
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -93,41 +83,24 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         pl_module.standing = {}
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_handlers()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        if self._signum == signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signum = signum
-
-    def _restore_handlers(self) -> None:
-        for signum, handler in self._previous_handlers.items():
-            signal.signal(signum, handler)
-        self._previous_handlers = {}
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        self._loops = trainer.fit_loop.state_dict()
         step = trainer.global_step
-        signum = self._agree_on_signal(trainer)
         last = step >= int(trainer.estimated_stepping_batches) or trainer.should_stop  # as trainer.max_time sets it
-        if signum or last or step % self.every_n_steps == 0:
+        if last or step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
-        if signum:
-            raise RunInterrupted(signum)
 
-    def _agree_on_signal(self, trainer: L.Trainer) -> int:
-        """The signal that any rank has received, else 0."""
-        if trainer.world_size == 1:
-            return self._signum
-        highest = torch.tensor(self._signum, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(highest, reduce_op="max"))
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, RunInterrupted) and trainer.global_step > self._saved:
+            self._save(trainer, pl_module)  # all ranks are here: they have agreed on it
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "loops" in checkpoint:  # best.ckpt has none
+            checkpoint["loops"]["fit_loop"] = self._loops
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.finite_loss.check(trainer)
@@ -141,9 +114,11 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             assert isinstance(pl_module, TrainingModule)
             _link(file, self.folder / "last.ckpt")
+            self.journal.saved(step=trainer.global_step)
             for old in sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=_step)[: -self.keep]:
                 old.unlink(missing_ok=True)
             pl_module.export(self.exported)
+        self._saved = trainer.global_step
         self.throughput.resume_clock()
 
 
