@@ -22,7 +22,7 @@ class Silent:
     Attributes:
         rank: of all processes.
         host: on which it ran.
-        step: optimiser steps that it had done.
+        step: optimiser steps that it had done a second or two before.
     """
 
     rank: int
@@ -30,7 +30,7 @@ class Silent:
     step: int
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (its last step: {self.step})"
+        return f"rank {self.rank} on {self.host} (last heard of at step {self.step})"
 
 
 class Heartbeats:

@@ -60,6 +60,7 @@ class Checkpoints(Checkpoint):
         self.journal = journal
         self._best: dict[str, Any] = {}
         self._loops: dict[str, Any] = {}  # Lightning's, after the last whole step
+        self._epoch = 0  # from 1, of that step
         self._saved = 0  # steps of the newest checkpoint
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,7 +89,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._loops = trainer.fit_loop.state_dict()
+        self._loops, self._epoch = trainer.fit_loop.state_dict(), trainer.current_epoch + 1
         step = trainer.global_step
         last = step >= int(trainer.estimated_stepping_batches) or trainer.should_stop  # as trainer.max_time sets it
         if last or step % self.every_n_steps == 0:
@@ -109,7 +110,7 @@ class Checkpoints(Checkpoint):
                 f"the weights are no longer finite after step {trainer.global_step}; nothing was saved since: "
                 "lower optim.base_lr or set trainer.gradient_clip_val=1 under another run_name"
             )
-        file = self.folder / f"epoch={trainer.current_epoch + 1:04d}-step={trainer.global_step:08d}.ckpt"
+        file = self.folder / f"epoch={self._epoch:04d}-step={trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(file, weights_only=False)
         if trainer.is_global_zero:
             assert isinstance(pl_module, TrainingModule)
