@@ -15,7 +15,7 @@ from rich.progress import Progress
 from fcmae import launch
 from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.doctor import Finding, choose_engines
-from fcmae.benchmark.out_of_memory import within_memory
+from fcmae.training.out_of_memory import within_memory
 from fcmae.benchmark.outputs import check_outputs, write_outputs
 from fcmae.benchmark.pictures import picture_tables, run_pictures
 from fcmae.benchmark.report import Report, describe

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -154,7 +154,7 @@ def _check_node(name: str, node: dict[str, Any]) -> None:
     parameters = inspect.signature(target).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     ours = module.startswith("fcmae.")  # others' annotations may need names that only they know
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target) if ours else {}
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True) if ours else {}
     for key, value in node.items():
         if str(key).startswith("_"):
             continue
@@ -164,7 +164,14 @@ def _check_node(name: str, node: dict[str, Any]) -> None:
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Refuses scalars and lists of scalars where the annotation allows others only; leaves the rest to the callee."""
+    """Refuses scalars and lists of scalars where the annotation allows others only; leaves the rest to the callee.
+
+    `Annotated[int, "auto"]` is what the callee gets as an int, and the command line also takes as auto.
+    """
+    if get_origin(hint) is Annotated:
+        if value in hint.__metadata__:
+            return
+        hint = hint.__origin__
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     lists = [choice for choice in choices if get_origin(choice) in (Sequence, list, tuple)]
     if lists and isinstance(value, list):

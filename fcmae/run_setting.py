@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcmae.checkpoints.weights import read_weights
 from fcmae.data.statistics import channel_statistics
+from fcmae.errors import UserError
 from fcmae.launch import build
 from fcmae.run_inference import progress_bar
 from fcmae.training.session import Setting
@@ -29,6 +30,11 @@ def run_setting(config: DictConfig, *, next_command: str) -> Setting:
             config.logger.wandb.id = config.logger.wandb.id or wandb_id
         return list(build(config.logger).values())
 
+    auto_batch = config.data.batch_size == "auto"
+    if auto_batch:
+        if config.effective_batch is None:
+            raise UserError("data.batch_size=auto keeps effective_batch: say how many images a step sees, such as 1024")
+        config.data.batch_size = 2 * config.data.repeats  # until the session knows what the device takes
     settle_normalization(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     overrides = list(HydraConfig.get().overrides.task)
@@ -36,6 +42,7 @@ def run_setting(config: DictConfig, *, next_command: str) -> Setting:
         config=plain,
         overrides=overrides,
         next_command=next_command,
+        auto_batch=auto_batch,
         trainer=partial(build, config.trainer),
         loggers=loggers,
     )

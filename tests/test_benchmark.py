@@ -14,7 +14,7 @@ from fcmae.benchmark.arithmetic import flop_per_step, matmul_peak
 from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.dense import MaskedDenseEncoder, as_dense
 from fcmae.benchmark.measure import Times, cpu_peak, measure_times, process_clock, saved_activations, wall_clock
-from fcmae.benchmark.out_of_memory import within_memory
+from fcmae.training.out_of_memory import within_memory
 from fcmae.benchmark.same_kernels import as_same_kernels
 from fcmae.benchmark.step import build_optimizer, check_agreement, measure_training, training_step
 from fcmae.benchmark.variants import BASELINES, build_variants

@@ -162,3 +162,18 @@ def test_fine_tuning_and_what_follows(tmp_path: Path):
     cpu, cuda = (json.loads((tmp_path / device / "metrics.json").read_text()) for device in ("cpu", "cuda"))
     assert cuda["loss"] == pytest.approx(cpu["loss"], rel=5e-3)  # TensorFloat32 may be on
     assert cuda["acc1"] == pytest.approx(cpu["acc1"], abs=0.01)
+
+
+def test_the_micro_batch_that_fits_is_found_and_trains(tmp_path: Path) -> None:
+    options = ["+model=tiny", "data.batch_size=auto", "effective_batch=512", "data.image_size=224", "epochs=1"]
+    options += [
+        "trainer=gpu",
+        "trainer.limit_train_batches=8",
+        "data.val_images=8",
+        "pictures=0",
+        "optim.warmup_epochs=0",
+    ]
+    done = micro.pretrain(tmp_path, *options, "data.num_workers=0", "run_dir=run")
+    assert done.code == 0, done
+    line = next(line for line in done.err.splitlines() if line.startswith("micro-batch: "))
+    assert int(line.split()[1]) >= 64, line

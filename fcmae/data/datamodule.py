@@ -5,7 +5,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import lightning as L
 import torch
@@ -52,7 +52,7 @@ class ImageDataModule(L.LightningDataModule):
     in_chans: int
     mean: Sequence[float] | Literal["auto"]
     std: Sequence[float] | Literal["auto"]
-    batch_size: int
+    batch_size: Annotated[int, "auto"]
     val_images: int
     augment: Augment
     num_workers: int | str

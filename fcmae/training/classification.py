@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models.convnext import ConvNeXt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -100,6 +101,11 @@ class ClassificationModule(TrainingModule):
                 self.ema.decay,
                 steps,
             )
+
+    def example(self, images: Tensor) -> Batch:
+        shape = (len(images), self.num_classes) if self.criterion.multi_label else (len(images),)
+        kind = torch.float32 if self.criterion.multi_label else torch.int64
+        return super().example(images)._replace(labels=torch.zeros(shape, dtype=kind, device=images.device))
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of an augmented batch."""

@@ -23,7 +23,7 @@ class Journal:
         self.file = file
 
     def started(self, *, step: int, world_size: int) -> None:
-        """The run goes on from a step."""
+        """All ranks are connected, and the run goes on from a step."""
         self._append("started", step=step, world_size=world_size, host=socket.gethostname(), job=_job())
 
     def saved(self, *, step: int) -> None:

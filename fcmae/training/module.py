@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fcmae.data.randomness import mix_seed
 from fcmae.data.source import Batch
 from fcmae.training.optimization import AdamW
+from fcmae.training.sharding import all_devices, shard, whole
 
 
 class TrainingModule(L.LightningModule):
@@ -45,9 +46,18 @@ class TrainingModule(L.LightningModule):
     def trained(self) -> nn.Module:
         """The network that the optimiser trains."""
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What has parameters, the trained network first."""
+        return [self.trained]
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch of normalised images."""
+
+    def example(self, images: Tensor) -> Batch:
+        """A batch of images as they come from no source, (B, C, H, W) float32, to try a step with."""
+        return Batch(images, [""] * len(images), torch.zeros(len(images), dtype=torch.int64, device=images.device), [])
 
     @abstractmethod
     def compile_network(self) -> None:
@@ -68,6 +78,13 @@ class TrainingModule(L.LightningModule):
     @abstractmethod
     def report(self) -> list[str]:
         """What is trained, for people, a line each."""
+
+    def configure_model(self) -> None:
+        """Shards the networks, if the strategy has said over which devices."""
+        if self.device_mesh is not None:
+            devices = all_devices(self.device_mesh.device_type)
+            for network in self.networks:
+                shard(network, devices)
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -101,7 +118,7 @@ class TrainingModule(L.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.log("train_loss", torch.stack(losses).mean(), sync_dist=True)
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
 
     def on_validation_end(self) -> None:
         self.validated_at = self.global_step
@@ -115,7 +132,25 @@ class TrainingModule(L.LightningModule):
         optimizer = self.optim.optimizer(self.trained, lr=peak, fused=fused)
         factors = self.optim.factors(optimizer.param_groups, peak=peak, steps=steps, steps_per_epoch=steps_per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        optimizer.register_load_state_dict_post_hook(_lay_out_like_parameters)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning goes on after so many batches; on another number of devices a step is made of more, or of fewer.
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        before = counts["total"]["ready"] // checkpoint["global_step"]
+        for part in (counts["total"], counts["current"]):
+            ready, now = part["ready"], part["ready"] // before * self.trainer.accumulate_grad_batches
+            part.update({name: value + now - ready for name, value in part.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fcmae"] = self.described | ({"best": self.standing} if self.standing else {})
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    # A checkpoint's moments may lie in memory row by row, the parameters channels-last. The fused AdamW walks through
+    # both in the order of the memory, without a look at strides.
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)

@@ -34,6 +34,7 @@ from fcmae.training.launching import (
     same_everywhere,
 )
 from fcmae.training.loggers import start_loggers, wandb_run_id
+from fcmae.training.micro_batch import largest_micro_batch, share_of
 from fcmae.training.module import TrainingModule
 from fcmae.training.run_folder import RunFolder
 
@@ -67,6 +68,7 @@ class Setting:
         config: the whole of it, resolved, as plain data.
         overrides: what was typed.
         next_command: what one would type after the run.
+        auto_batch: find out how many images a device takes at once.
         trainer: makes Lightning's trainer from what is added here.
         loggers: makes the loggers, given the folder's Weights & Biases id.
     """
@@ -74,6 +76,7 @@ class Setting:
     config: dict[str, Any]
     overrides: list[str]
     next_command: str
+    auto_batch: bool
     trainer: Callable[..., L.Trainer]
     loggers: Callable[[str | None], list[Logger]]
 
@@ -115,7 +118,7 @@ def _train(setting: Setting, make_parts: Callable[[RunFolder], Parts], agreement
     ranks = Ranks(agreement=agreement, facts=facts, timeout=config["rank_timeout"], journal=folder.journal)
     with quiet():
         trainer = _trainer(setting, parts, folder, console, ranks)
-    _join(config, parts, trainer, checkpoint)
+    _join(setting, parts, trainer, checkpoint)
 
     first = trainer.is_global_zero
     if first and start_over:
@@ -131,8 +134,6 @@ def _train(setting: Setting, make_parts: Callable[[RunFolder], Parts], agreement
         for line in parts.lines:
             log.info(line)
         report.start(folder, parts.module, parts.data, trainer, checkpoint)
-        if first:
-            folder.journal.started(step=parts.data.steps_done, world_size=trainer.num_devices * trainer.num_nodes)
         with agreement.request.held():
             _fit(setting, folder, parts, trainer, checkpoint, ranks)
 
@@ -172,9 +173,22 @@ def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console
     return trainer
 
 
-def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
+def _join(setting: Setting, parts: Parts, trainer: L.Trainer, checkpoint: Path | None) -> None:
     """Tells module, data and trainer what follows from one another, and where an earlier start stopped."""
+    config = setting.config
     module, data = parts.module, parts.data
+    if config["channels_last"]:
+        module.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        module.compile_network()
+    if setting.auto_batch:
+        config["data"]["batch_size"] = data.batch_size = largest_micro_batch(
+            module,
+            data,
+            trainer.strategy.root_device,
+            precision=str(trainer.precision),
+            share=share_of(trainer, config["effective_batch"]),
+        )
     module.effective_batch = set_accumulation(
         trainer, batch_size=data.batch_size, effective_batch=config["effective_batch"]
     )
@@ -190,10 +204,6 @@ def _join(config: dict[str, Any], parts: Parts, trainer: L.Trainer, checkpoint: 
         earlier = read_checkpoint(checkpoint)
         check_same_steps(earlier["fcmae"], module.description, checkpoint)
         data.steps_done = earlier["global_step"]
-    if config["channels_last"]:
-        module.to(memory_format=torch.channels_last)
-    if config["compile"]:
-        module.compile_network()
 
 
 def _fit(

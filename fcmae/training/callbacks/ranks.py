@@ -54,6 +54,8 @@ class Ranks(L.Callback):
         self._heartbeats.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.journal.started(step=trainer.global_step, world_size=trainer.world_size)
         if trainer.world_size > 1:  # until here ranks have waited for each other longer: nodes start when they can
             set_timeout(timedelta(seconds=self.timeout))
 

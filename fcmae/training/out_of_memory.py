@@ -27,7 +27,7 @@ def within_memory(run: Callable[[int], T], batch_size: int, *, halve: bool, say:
         try:
             return run(batch_size)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if not halve or batch_size == 1:
                 hint = "a smaller batch_size, halve=true, fewer baselines" if batch_size > 1 else "fewer baselines"
@@ -43,5 +43,6 @@ def within_memory(run: Callable[[int], T], batch_size: int, *, halve: bool, say:
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error means."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
