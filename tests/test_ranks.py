@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from test_resume import MICRO
+from test_resume import MICRO, weights
 from test_stopping import images, wait_for  # noqa: F401
 
 from fcmae.errors import UserError
@@ -179,3 +180,26 @@ def test_another_installation_on_one_rank_is_refused(tmp_path: Path, images: Pat
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     assert events[0] == "started"
     assert set(events[1:]) <= {"failed"}
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(tmp_path: Path, images: Path) -> None:  # noqa: F811
+    """The weights of ranks that Lightning has started; another geometry than torchrun's is refused."""
+    words = [word for word in (*MICRO, f"data.path={images}", *TWO) if word not in ("trainer=cpu", "epochs=100000")]
+
+    def run(name: str, *launcher: str) -> "subprocess.CompletedProcess[str]":
+        command = [*launcher, "fcmae.pretrain", *words, f"run_dir={tmp_path / name}", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+    options = ["save.keep=1"]
+    for name, launcher in (("lightning", [sys.executable, "-m"]), ("torchrun", torchrun)):
+        done = run(name, *launcher)
+        assert done.returncode == 0, done.stderr
+    mine, its = weights(tmp_path / "torchrun"), weights(tmp_path / "lightning")
+    assert all(torch.equal(mine[name], its[name]) for name in its)
+    options = ["trainer.devices=1"]
+    refused = run("refused", *torchrun)
+    assert "fcmae: torchrun started 2 processes on each of 1 nodes" in refused.stderr
+    assert "add trainer.num_nodes=1 trainer.devices=2" in refused.stderr
+    assert not (tmp_path / "refused").exists()
