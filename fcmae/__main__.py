@@ -11,6 +11,7 @@ VERBS = {
     "predict": "write the classes of images to a table",
     "embed": "write the features of images to a table",
     "export": "write a trained network for timm, transformers, ONNX ..., and prove it",
+    "consolidate": "make one file of a sharded checkpoint",
     "shard": "pack images into shards, to read them fast and from afar",
     "bench": "time training steps against the masked dense network",
 }
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def _help() -> None:
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:<11} {what}" for verb, what in VERBS.items()]
     print("\n".join(["usage: fcmae VERB [key=value ...]", "", *lines, "", "fcmae VERB --help tells a verb's options."]))  # noqa: T201
 
 

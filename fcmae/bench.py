@@ -15,7 +15,6 @@ from rich.progress import Progress
 from fcmae import launch
 from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.doctor import Finding, choose_engines
-from fcmae.training.out_of_memory import within_memory
 from fcmae.benchmark.outputs import check_outputs, write_outputs
 from fcmae.benchmark.pictures import picture_tables, run_pictures
 from fcmae.benchmark.report import Report, describe
@@ -27,6 +26,7 @@ from fcmae.data.datamodule import ImageDataModule
 from fcmae.engines.auto import choose
 from fcmae.errors import UserError
 from fcmae.models.fcmae import FCMAE
+from fcmae.training.out_of_memory import within_memory
 
 
 def bench(config: DictConfig) -> None:

@@ -26,7 +26,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or mend permissions there"
@@ -64,8 +64,8 @@ def user_cache() -> Path:
     return folder
 
 
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself durable; not every file system allows it.
+def sync_folder(folder: Path) -> None:
+    """Makes a renaming in a folder durable, where the file system allows it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -4,6 +4,7 @@ Standard library only: a run begins with this, before it imports torch, which ta
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,11 @@ STOPPED = 75
 T = TypeVar("T")
 
 
+def exit_code(signum: int) -> int:
+    """Of a run that a signal has stopped: 130 after Ctrl-C, as shells have it, else `STOPPED`."""
+    return 130 if signum == signal.SIGINT else STOPPED
+
+
 class Woken(BaseException):
     """A signal ended the waiting for something."""
 
@@ -27,24 +33,27 @@ class StopRequest:
     Before the training there is nothing to lose, and a signal ends the process at once. While `held`, it is only noted;
     a second Ctrl-C ends the process all the same.
 
+    Args:
+        held: note signals only, from the beginning: by a process that another rank has started and will wait for.
+
     Attributes:
         signum: the signal that asks for the stop; 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, held: bool = False) -> None:
         self.signum = 0
-        self._held = False
+        self._held = held
         self._waiting = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         impatient = self.signum == signum == signal.SIGINT
         self.signum = self.signum or signum
-        if signum == signal.SIGINT and (impatient or not self._held):
+        if impatient:
             raise KeyboardInterrupt
         if not self._held:
             name = signal.Signals(signum).name
             print(f"fcmae: {name} before the training began; the same command starts it again", file=sys.stderr)  # noqa: T201
-            raise SystemExit(STOPPED)
+            raise SystemExit(exit_code(signum))
         if self._waiting:
             self._waiting = False
             raise Woken
@@ -52,11 +61,11 @@ class StopRequest:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Signals are only noted meanwhile."""
-        self._held = True
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
     def wait_for(self, batches: Iterator[T]) -> T:
         """The next batch, unless a signal ends the waiting for it.
@@ -97,7 +106,8 @@ def watch() -> dict[int, Any]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    request = StopRequest()
+    by_first_rank = "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ  # Lightning's launcher
+    request = StopRequest(held=by_first_rank)
     names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
     signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return {signum: signal.signal(signum, request) for signum in signums}

@@ -145,7 +145,7 @@ def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see which signals are caught")
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_while_it_is_importing(tmp_path: Path, images: Path, signum: int) -> None:
     process = start(tmp_path / "run", images)
 
@@ -157,7 +157,7 @@ def test_while_it_is_importing(tmp_path: Path, images: Path, signum: int) -> Non
     wait_for(caught, 20)
     process.send_signal(signum)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == STOPPED, err
+    assert process.returncode == (130 if signum == signal.SIGINT else STOPPED), err
     assert err.splitlines()[-1] == (
         f"fcmae: {signal.Signals(signum).name} before the training began; the same command starts it again"
     )
@@ -187,8 +187,9 @@ def test_a_request_is_obeyed_at_once_where_nothing_can_be_lost(capsys: pytest.Ca
         request(signal.SIGUSR1, None)
     assert stop.value.code == STOPPED
     assert "SIGUSR1 before the training began" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         StopRequest()(signal.SIGINT, None)
+    assert stop.value.code == 130
 
 
 def test_a_second_interrupt_is_not_held() -> None:

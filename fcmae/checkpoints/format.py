@@ -11,6 +11,7 @@ import torch
 import fcmae
 from fcmae.checkpoints.lineage import Lineage
 from fcmae.checkpoints.recipe import recipe
+from fcmae.checkpoints.sharded import is_sharded, read_sharded
 from fcmae.errors import UserError
 
 FORMAT = 1
@@ -62,15 +63,19 @@ def check_same_steps(earlier: dict[str, Any], now: dict[str, Any], file: Path) -
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """The content of one of our checkpoint files, mapped from the disk rather than read.
+    """The content of one of our checkpoints, mapped from the disk rather than read; `Rows` where it is sharded.
 
     Raises:
         UserError: no such file, truncated, or not one of ours.
     """
-    if not file.is_file():
+    if not (file.is_file() or is_sharded(file)):
         raise UserError(f"{file} does not exist: give a run's folder or a .ckpt file")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: Any = (
+            read_sharded(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        )
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
         raise UserError(f"{file} is no checkpoint of plain data; what else it holds is not loaded") from error
     except Exception as error:

@@ -67,16 +67,17 @@ def settle_license(lineage: Lineage, *, wanted: str | None, drop: bool) -> tuple
 
 
 def sha256(file: Path) -> str:
-    """The checksum of a file, in hexadecimal digits.
+    """The checksum of a file, or of a folder's files one after the other, in hexadecimal digits.
 
     Raises:
         UserError: it cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        with file.open("rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
+        for part in sorted(file.iterdir()) if file.is_dir() else [file]:
+            with part.open("rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
     except OSError as error:
         raise UserError(f"{file} cannot be read any more ({error.strerror}): type the same again") from error
     return digest.hexdigest()

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fcmae.checkpoints.carried import CARRIED, read_carried
+from fcmae.checkpoints.format import read_checkpoint
+from fcmae.checkpoints.sharded import assemble, is_sharded
 from fcmae.errors import UserError
 
 
@@ -21,6 +23,9 @@ def open_weights(file: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: it is truncated, no such file, holds more than plain data, or is not as torch writes it.
     """
+    if is_sharded(file):
+        content = read_checkpoint(file)
+        return content | {"state_dict": assemble(content["state_dict"])}, {}
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_plain_data(file)
 
 

@@ -17,6 +17,7 @@ from fcmae.checkpoints.hub import Fetched, fetch, known_license, stated_license
 from fcmae.checkpoints.layouts import WRITTEN_BY, Layout, find_weights
 from fcmae.checkpoints.lineage import DROPPED, Lineage, binding, origin
 from fcmae.checkpoints.opening import open_weights
+from fcmae.checkpoints.sharded import is_sharded
 from fcmae.errors import UserError
 
 _STANDARD = (  # in a folder, the first that is there
@@ -138,6 +139,8 @@ def _source(file: Path, description: dict[str, Any] | None) -> str:
 
 
 def _find(path: Path) -> Path:
+    if is_sharded(path):
+        return path
     if not path.is_dir():
         if not path.is_file():
             others = f"an export or a state dict{_hub(path)}"

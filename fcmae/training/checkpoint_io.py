@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from fcmae.checkpoints.sharded import assemble, is_sharded, read_sharded, remove
 from fcmae.files import atomic_writer
 
 
@@ -19,6 +20,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: it cannot be written; earlier checkpoints are untouched.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():  # a sharded one that is incomplete, or it would have been gone on from
+            remove(Path(path))
         with atomic_writer(Path(path)) as file:
             try:
                 torch.save(checkpoint, file)
@@ -28,6 +31,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads `path`, plain data only."""
+        """Reads `path`, plain data only; a sharded one as a whole."""
+        if is_sharded(Path(path)):
+            return dict(assemble(read_sharded(Path(path))))
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return checkpoint

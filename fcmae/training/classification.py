@@ -9,7 +9,6 @@ from timm.models.convnext import ConvNeXt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fcmae.checkpoints.export import export_network
 from fcmae.data.source import Batch
 from fcmae.evaluation.classification import ClassificationMetrics
 from fcmae.training.batch_augment import BatchAugment
@@ -67,6 +66,10 @@ class ClassificationModule(TrainingModule):
     @property
     def trained(self) -> nn.Module:
         return self.net
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.net] if self.ema is None else [self.net, self.ema.module]
 
     @property
     def best_by(self) -> list[str]:
@@ -148,4 +151,4 @@ class ClassificationModule(TrainingModule):
         """Writes `model.safetensors`, in timm's names: the moving average where there is one."""
         net = self.net if self.ema is None else self.ema.module
         weights = {"weights": "network" if self.ema is None else "moving average"}
-        export_network(net, folder / "model.safetensors", self.described | weights)
+        self.export_weights(net, folder / "model.safetensors", self.described | weights)

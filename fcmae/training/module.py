@@ -8,10 +8,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from fcmae.checkpoints.export import export_network
 from fcmae.data.randomness import mix_seed
 from fcmae.data.source import Batch
 from fcmae.training.optimization import AdamW
-from fcmae.training.sharding import all_devices, shard, whole
+from fcmae.training.sharding import all_devices, shard, whole, whole_weights
 
 
 class TrainingModule(L.LightningModule):
@@ -88,11 +89,17 @@ class TrainingModule(L.LightningModule):
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Writes the weights for others to load.
+        """Writes the weights for others to load; to be called on all ranks.
 
         Raises:
             UserError: they cannot be written; an earlier export is untouched.
         """
+
+    def export_weights(self, net: nn.Module, file: Path, description: dict[str, Any]) -> None:
+        """Writes a network's weights, for `export`."""
+        weights = whole_weights(net)
+        if self.trainer.is_global_zero:
+            export_network(weights, file, description)
 
     @abstractmethod
     def validation_line(self) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcmae.checkpoints.export import export_network
 from fcmae.data.source import Batch
 from fcmae.engines.auto import choose
 from fcmae.evaluation.trivial import trivial_losses
@@ -88,4 +87,4 @@ class PretrainModule(TrainingModule):
 
     def export(self, folder: Path) -> None:
         """Writes `encoder.safetensors`, in timm's names."""
-        export_network(self.model.encoder.net, folder / "encoder.safetensors", self.described)
+        self.export_weights(self.model.encoder.net, folder / "encoder.safetensors", self.described)

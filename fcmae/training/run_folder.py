@@ -15,6 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fcmae.checkpoints.format import newest_checkpoint
+from fcmae.checkpoints.sharded import remove
 from fcmae.errors import UserError
 from fcmae.files import write_text
 from fcmae.training.journal import Journal
@@ -137,7 +138,7 @@ class RunFolder:
             self._make(folder)
         for folder in (self.checkpoints, self.exported, self.images):
             for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink()
+                remove(leftover)
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
         write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(overrides))
         write_text(self.environment, json.dumps(_environment(), indent=2) + "\n")

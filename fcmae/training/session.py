@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fcmae.checkpoints.format import check_same_steps, read_checkpoint
 from fcmae.data.datamodule import ImageDataModule
-from fcmae.stopping import STOPPED, watching
+from fcmae.stopping import exit_code, watching
 from fcmae.training import report
 from fcmae.training.agreement import Agreement, RunInterrupted
 from fcmae.training.callbacks.broken_images import BrokenImages
@@ -217,7 +217,7 @@ def _fit(
     except RunInterrupted as error:
         report.stopped(folder, trainer, signal.Signals(error.signum).name)
         ranks.agreement.wait()  # a launcher may kill all ranks as soon as one of them ends
-        raise SystemExit(130 if error.signum == signal.SIGINT else STOPPED) from None
+        raise SystemExit(exit_code(error.signum)) from None
     except Exception as error:
         if ranks.lost is None:
             raise

@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from fcmae.checkpoints.format import read_checkpoint
+from fcmae.checkpoints.sharded import is_sharded, remove
 from fcmae.errors import UserError
 from fcmae.training.agreement import RunInterrupted
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.journal import Journal
 from fcmae.training.module import TrainingModule
+from fcmae.training.sharding import own_rows
 
 
 class Checkpoints(Checkpoint):
@@ -66,7 +68,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
         resumed, last = Path(trainer.ckpt_path or ""), self.folder / "last.ckpt"
-        if trainer.is_global_zero and resumed.is_file() and resumed != last:
+        if trainer.is_global_zero and (resumed.is_file() or is_sharded(resumed)) and resumed != last:
             _link(resumed, last)  # in case the run was killed between saving and this
         self._best = _standing(self.folder / "best.ckpt")
 
@@ -105,7 +107,8 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.finite_loss.check(trainer)
-        if not torch.nn.utils.get_total_norm(pl_module.parameters(), norm_type=math.inf).isfinite():
+        finite = bool(torch.nn.utils.get_total_norm(own_rows(pl_module), norm_type=math.inf).isfinite())
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise UserError(
                 f"the weights are no longer finite after step {trainer.global_step}; nothing was saved since: "
                 "lower optim.base_lr or set trainer.gradient_clip_val=1 under another run_name"
@@ -113,12 +116,12 @@ class Checkpoints(Checkpoint):
         file = self.folder / f"epoch={self._epoch:04d}-step={trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(file, weights_only=False)
         if trainer.is_global_zero:
-            assert isinstance(pl_module, TrainingModule)
             _link(file, self.folder / "last.ckpt")
             self.journal.saved(step=trainer.global_step)
             for old in sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=_step)[: -self.keep]:
-                old.unlink(missing_ok=True)
-            pl_module.export(self.exported)
+                remove(old)
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.export(self.exported)
         self._saved = trainer.global_step
         self.throughput.resume_clock()
 

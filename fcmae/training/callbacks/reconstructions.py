@@ -34,13 +34,15 @@ class Reconstructions(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or not trainer.is_global_zero or not self._due(trainer):
+        if batch_idx or not self._due(trainer):
             return
         assert isinstance(pl_module, PretrainModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
         shown = batch._replace(images=batch.images[: self.images], seeds=batch.seeds[: self.images])
         reconstruction = reconstruct(pl_module.model, shown.images, pl_module.masks(shown))
+        if not trainer.is_global_zero:
+            return  # it was needed for the rows of the weights that it has, if they are sharded
         channels = shown.images.shape[1]
         # Values of more bits have no range of their own to show; within 2.5 deviations lies most of them.
         shades = data.numbers if data.normalize.eight_bits else ([0.5] * channels, [0.2] * channels)
