@@ -284,3 +284,6 @@ def test_a_truncated_checkpoint_is_passed_over(
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     train(tmp_path / "run", images, "data.num_workers=0")
     assert steps == all_steps[5:]
+    warned = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARNING" in line]
+    assert len(warned) == 1
+    assert f"{newest} cannot be read" in warned[0]

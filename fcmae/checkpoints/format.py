@@ -101,6 +101,12 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def passed_over(checkpoint: Path) -> list[Path]:
+    """Checkpoints beside the newest that can be read which have more steps, and cannot be read."""
+    files = checkpoint.parent.glob("epoch=*-step=*.ckpt")
+    return sorted((file for file in files if _step(file) > _step(checkpoint) >= 0), key=_step)
+
+
 def _step(file: Path) -> int:
     found = re.search(r"step=(\d+)", file.name)
     return int(found.group(1)) if found else -1

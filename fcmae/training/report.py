@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from fcmae.checkpoints.format import passed_over
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.digits import DigitsDataModule
 from fcmae.files import write_text
@@ -49,6 +50,8 @@ def start(
     log.info("device: %s, precision %s", trainer.accelerator.__class__.__name__, trainer.precision)
     log.info("run folder: %s", folder.path)
     if checkpoint is not None:
+        for damaged in passed_over(checkpoint):
+            log.warning("%s cannot be read, as after a kill or on a full disk: it is passed over", damaged)
         log.info("going on from %s", checkpoint)
 
 
