@@ -22,6 +22,7 @@ FLOORS = [
     {"conversion"},
     {"training"},
     {"benchmark"},
+    {"cluster"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ENTRY = len(FLOORS)  # every other module that lies directly in the package
