@@ -117,6 +117,39 @@ def test_resuming_after_any_step_changes_nothing(
         assert summary(run)["val_loss"] == summary(tmp_path / "reference")["val_loss"]
 
 
+@pytest.mark.parametrize("how", ["crash", "signal"])
+@pytest.mark.parametrize("together", [1, 2, 3, 4, 5])
+def test_a_run_that_is_stopped_again_and_again(
+    tmp_path: Path, images: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch, together: int, how: str
+) -> None:
+    """A start makes a few steps, of four in an epoch, and is stopped: what is counted must not add up wrongly."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    options = ["data.num_workers=0", f"save.every_n_steps={1 if how == 'crash' else 1000}"]
+    train(tmp_path / "reference", images, *options)
+    all_steps = list(steps)
+    steps.clear()
+    recording, first = PretrainModule.training_step, 0
+
+    def stopping(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if how == "crash" and self.global_step == first + together:
+            raise RuntimeError("the machine fails")
+        if how == "signal" and self.global_step == first + together - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return recording(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", stopping)
+        while first + together < len(all_steps):
+            with pytest.raises(RuntimeError if how == "crash" else SystemExit):
+                train(tmp_path / "run", images, *options)
+            first += together
+    train(tmp_path / "run", images, *options)
+    assert steps == all_steps
+    reference = weights(tmp_path / "reference")
+    assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path / "run").items())
+    assert summary(tmp_path / "run") == summary(tmp_path / "reference")
+
+
 def test_every_step_is_logged_once(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     options = ["trainer.log_every_n_steps=1", "data.num_workers=0"]

@@ -92,6 +92,10 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._loops, self._epoch = trainer.fit_loop.state_dict(), trainer.current_epoch + 1
+        # In a run that went on from an epoch's last batch, Lightning does not count on here; what goes on from this
+        # checkpoint would take the epoch for finished, and leave the rest of it out.
+        for progress in self._loops["epoch_progress"].values():
+            progress.update(ready=self._epoch, started=self._epoch)
         step = trainer.global_step
         last = step >= int(trainer.estimated_stepping_batches) or trainer.should_stop  # as trainer.max_time sets it
         if last or step % self.every_n_steps == 0:
