@@ -3,8 +3,8 @@
 python scripts/soak.py FOLDER [--disturbances 50] [--seed 0]
 
 Two ranks on the CPU train a small network on the embedded digits. At random moments, while they start, train, validate
-or save, one rank or all of them get SIGTERM, SIGUSR1, SIGINT, SIGKILL, or one is stopped (SIGSTOP). After each, the same
-command is typed again. FOLDER/soak.json says what happened. Exit code 1: something was lost.
+or save, one rank or all of them get SIGTERM, SIGUSR1, SIGINT or SIGKILL, or one is stopped (SIGSTOP). After each, the
+same command is typed again. FOLDER/soak.json says what happened. Exit code 1: something was lost.
 """
 
 import argparse

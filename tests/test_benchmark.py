@@ -14,12 +14,12 @@ from fcmae.benchmark.arithmetic import flop_per_step, matmul_peak
 from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.dense import MaskedDenseEncoder, as_dense
 from fcmae.benchmark.measure import Times, cpu_peak, measure_times, process_clock, saved_activations, wall_clock
-from fcmae.training.out_of_memory import within_memory
 from fcmae.benchmark.same_kernels import as_same_kernels
 from fcmae.benchmark.step import build_optimizer, check_agreement, measure_training, training_step
 from fcmae.benchmark.variants import BASELINES, build_variants
 from fcmae.engines import Engine, get_engine
 from fcmae.engines.torch import engine as torch_engine
+from fcmae.training.out_of_memory import within_memory
 
 MICRO = {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64], "decoder_dim": 16, "image_size": 96}
 
