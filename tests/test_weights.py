@@ -148,7 +148,7 @@ def test_our_pre_training_run_its_checkpoint_and_its_export(tmp_path, randomise)
     )
     newest = saved(content, tmp_path / "checkpoints" / "epoch=2-step=10.ckpt")
     export = tmp_path / "exported" / "encoder.safetensors"
-    export_network(model.encoder.net, export, PRETRAINING)
+    export_network(wanted, export, PRETRAINING)
     told = {
         tmp_path: (newest, "fcmae pre-training run"),
         newest: (newest, "fcmae checkpoint"),
@@ -172,7 +172,7 @@ def test_our_fine_tuning_run_and_its_export(net, tmp_path):
     weights = read_weights(tmp_path)
     assert (weights.file, weights.kind, weights.description) == (file, "fcmae fine-tuning run", CLASSIFICATION)
     export = tmp_path / "exported" / "model.safetensors"
-    export_network(net, export, CLASSIFICATION)
+    export_network(net.state_dict(), export, CLASSIFICATION)
     weights = read_weights(export.parent)
     assert same(weights.weights, net.state_dict())
     assert (weights.file, weights.kind, weights.description) == (export, "fcmae export", CLASSIFICATION)
