@@ -1,4 +1,4 @@
-"""What entry points tell in one line: what a user can mend, and ranks that are lost."""
+"""What entry points tell in one line: what a user can mend, what may pass by itself, and ranks that are lost."""
 
 
 class UserError(ValueError):
@@ -9,5 +9,18 @@ class UserError(ValueError):
     """
 
 
+class TransientError(UserError):
+    """Something around the run has failed that may pass: a server, a file system, the machine's memory.
+
+    Told like any other `UserError`, as the user may have to mend it after all; but the same command may well go on, so
+    the exit code is 1, and a job tries it again.
+    """
+
+
 class RanksLostError(RuntimeError):
-    """Other ranks of the run no longer answer; the same command may well go on. Exit code 1."""
+    """Other ranks of the run failed or no longer answer; the same command may well go on. Exit code 1."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, cut to its first line; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,21 +1,23 @@
 """What every entry point shares: finding the configs, `+model=tiny` and `model=tiny` alike, and clear errors."""
 
+import contextlib
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fcmae.config_check import check_config, closest, mandatory, no_choice
-from fcmae.errors import RanksLostError, UserError
+from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.files import write_text
 
 
@@ -34,11 +36,10 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
             mandatory(config, folder)
             check_config(config, known=_keys(folder / f"{verb}.yaml"))
             task(config)
+        except (TransientError, RanksLostError) as error:
+            _fail(str(error), code=1)
         except UserError as error:
             _fail(str(error))
-        except RanksLostError as error:
-            print(f"fcmae: {error}", file=sys.stderr)  # noqa: T201
-            raise SystemExit(1) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
@@ -48,14 +49,47 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
 
     try:
         # A second Ctrl-C, or one before the training has begun, ends here.
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
+        with _explained(verb, folder):
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
     except KeyboardInterrupt:
         print("fcmae: interrupted", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
+    except UserError as error:
+        _fail(str(error))
+
+
+def compose(verb: str, arguments: list[str]) -> DictConfig:
+    """The configuration that `run` would give its task, without what is Hydra's own, and without running anything.
+
+    Args:
+        verb: entry point, such as `pretrain`.
+        arguments: of its command line, `key=value`.
+
+    Raises:
+        UserError: one of them is wrong, or missing.
+    """
+    folder = config_folder()
+    sys.argv[1:] = normalize(arguments, verb, folder)  # where hints look for what else was typed
+    with _explained(verb, folder):
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            config = hydra.compose(verb, overrides=sys.argv[1:], return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            with open_dict(config):
+                del config["hydra"]
+        mandatory(config, folder)
+        OmegaConf.to_container(config, resolve=True)  # says which reference leads nowhere
+    return config
+
+
+@contextlib.contextmanager
+def _explained(verb: str, folder: Path) -> Iterator[None]:
+    """Turns Hydra's errors into one line that helps."""
+    try:
+        yield
     except MissingConfigException as error:
-        _fail(_unknown_choice(error))
+        raise UserError(_unknown_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(_unknown_key(error, verb, folder))
+        raise UserError(_unknown_key(error, verb, folder)) from None
 
 
 def build(node: DictConfig, **overrides: Any) -> Any:
@@ -73,7 +107,7 @@ def build(node: DictConfig, **overrides: Any) -> Any:
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{target or 'a choice'} needs a package: {cause}") from error
         if cause is not None and not target.startswith("fcmae."):
-            raise UserError(f"{target} refuses its options: {str(cause).splitlines()[0]}") from error
+            raise UserError(f"{target} refuses its options: {in_a_line(cause)}") from error
         raise
 
 
@@ -131,7 +165,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, choice = wanted.rpartition("/")
     options = [option for option in error.options or [] if not option.startswith("_")]
     if not options:
-        return str(error).splitlines()[0]
+        return in_a_line(error)
     return f"{group}={choice} is not one of {', '.join(options)}{closest(choice, options)}"
 
 
@@ -171,10 +205,10 @@ def _all_keys(verb: str, folder: Path, without: str) -> list[str]:
     return walk(OmegaConf.to_container(config, resolve=False), "")[1:]
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, code: int = 2) -> NoReturn:
     # An error of a data loader's worker arrives with the worker's traceback around it; its last line is the message.
-    line = message.strip().splitlines()[-1].removeprefix("fcmae.errors.UserError: ")
-    if os.environ.get("FCMAE_REFUSED"):  # a job's supervisor wants to know why it need not try again
+    line = re.sub(r"^fcmae\.errors\.\w+: ", "", message.strip().splitlines()[-1])
+    if code == 2 and os.environ.get("FCMAE_REFUSED"):  # a job's supervisor wants to know why it need not try again
         write_text(Path(os.environ["FCMAE_REFUSED"]), f"{line}\n")
     print(f"fcmae: {line}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
+    raise SystemExit(code)

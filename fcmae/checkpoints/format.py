@@ -12,7 +12,7 @@ import fcmae
 from fcmae.checkpoints.lineage import Lineage
 from fcmae.checkpoints.recipe import recipe
 from fcmae.checkpoints.sharded import is_sharded, read_sharded
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 
 FORMAT = 1
 DESCRIPTION = "fcmae.json"
@@ -79,8 +79,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
         raise UserError(f"{file} is no checkpoint of plain data; what else it holds is not loaded") from error
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} cannot be read, it is truncated or no checkpoint ({reason:.120})") from error
+        reason = f"{in_a_line(error):.120}"
+        raise UserError(f"{file} cannot be read, it is truncated or no checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{file} is not a checkpoint of fcmae: it holds no weights")
     description = checkpoint.get("fcmae")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fcmae.checkpoints.carried import CARRIED, read_carried
 from fcmae.checkpoints.format import read_checkpoint
 from fcmae.checkpoints.sharded import assemble, is_sharded
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 
 
 def open_weights(file: Path) -> tuple[Any, dict[str, Any]]:
@@ -74,4 +74,4 @@ def _check_zip(file: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.120}"
+    return f"{in_a_line(error):.120}"

@@ -10,7 +10,7 @@ from fcmae.data.picture import Decoded, Guarded, Picture, PictureError
 from fcmae.data.randomness import mix_seed
 from fcmae.data.source import LEFT_OUT, Sample, Source
 from fcmae.data.transforms import Transform
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
 
 
 class ImageDataset(Dataset[list[Sample]]):
@@ -63,7 +63,7 @@ class ImageDataset(Dataset[list[Sample]]):
         """key = (epoch, position in `indices`), and a third number where a position may come more than once an epoch.
 
         Raises:
-            UserError: a hundred images in a row cannot be read.
+            UserError: a hundred images in a row cannot be read; a `TransientError` if it is for their file system.
         """
         epoch, position, *draw = key
         broken: list[tuple[str, str]] = []
@@ -73,11 +73,13 @@ class ImageDataset(Dataset[list[Sample]]):
                 return self._samples(index, (epoch, index, *draw), broken)
             except PictureError as error:
                 broken.append((self.source.sample_id(index), str(error)))
+                cause = error.__cause__  # the system's word, if it has an errno, not a decoder's
+                away = getattr(cause, "errno", None) is not None and not isinstance(cause, PermissionError)
                 if self.stand_in is not None:
                     label = self._label(index)
                     left_out = None if label is None else label.fill_(LEFT_OUT)
                     return [Sample(self.stand_in, broken[-1][0], 0, broken, left_out)]
-        raise UserError(
+        raise (TransientError if away else UserError)(
             f"{len(broken)} images in a row cannot be read, the last one {broken[-1][0]} ({broken[-1][1]}): "
             "check the files, or name another data.path"
         )

@@ -13,7 +13,7 @@ from fcmae.data.hf_columns import choose_columns, encode_labels, stored_picture
 from fcmae.data.parquet_shards import ParquetImages, read_schema
 from fcmae.data.picture import Picture
 from fcmae.data.sharded import Places, ShardedDataModule, ShardedSource
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError, in_a_line
 
 _PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps a copy of every data set, a folder per configuration
 _BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet")  # none of which unpickles anything
@@ -229,7 +229,9 @@ def _check_hub(path: str, revision: str | None) -> None:
     try:
         HfApi().dataset_info(path, revision=revision, timeout=10)
     except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
+        if getattr(error.response, "status_code", 0) >= 500:
+            raise _unreachable(path, error) from error
+        reason = in_a_line(error)
         raise UserError(
             f"data.path={path} is neither a folder nor a data set that the hub lets you read ({reason}): "
             "check the name and data.revision, or log in (hf auth login)"
@@ -238,10 +240,10 @@ def _check_hub(path: str, revision: str | None) -> None:
         raise _unreachable(path, error) from error
 
 
-def _unreachable(path: str, error: Exception) -> UserError:
+def _unreachable(path: str, error: Exception) -> TransientError:
     from huggingface_hub import constants
 
-    return UserError(
+    return TransientError(
         f"data.path={path} is no folder, and {constants.ENDPOINT} cannot be asked for it "
         f"({type(error).__name__}: {' '.join(str(error).split())}): without a network, run `hf download "
         f"--repo-type dataset {path} --local-dir DIR` where there is one, and set data.path=DIR"

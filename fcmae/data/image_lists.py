@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fcmae.data.decoding import EXTENSIONS
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 
 LIST_EXTENSIONS = (".csv", ".parquet", ".txt")
 _COLUMNS = ("image", "path")
@@ -72,7 +72,7 @@ def _read_parquet(file: Path) -> Iterator[str]:
             for number, path in enumerate(paths, 1):
                 yield _checked(path or "", f"{file}, row {number}")
     except ArrowInvalid as error:
-        raise UserError(f"data.path={file} is no Parquet file ({str(error).splitlines()[0]}): write it anew") from error
+        raise UserError(f"data.path={file} is no Parquet file ({in_a_line(error)}): write it anew") from error
 
 
 def _column(file: Path, columns: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,7 +37,8 @@ def insist(
         hopeless: errors that another try does not mend.
 
     Raises:
-        UserError: every try failed, or no other can do better.
+        TransientError: every try failed.
+        UserError: no other try can do better.
         OSError: the disk here is full.
     """
     for number in range(1, tries + 1):
@@ -53,7 +54,7 @@ def insist(
             if is_gone(reason) or type(reason).__name__ in _NO_CREDENTIALS or isinstance(reason, hopeless):
                 raise UserError(f"{what} cannot be read ({told}): check the address, the file, permissions") from error
             if number == tries:
-                raise UserError(
+                raise TransientError(
                     f"{what} could not be fetched in {number} tries, at last {told}: type the same again when its "
                     "server answers"
                 ) from error

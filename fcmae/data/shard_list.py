@@ -17,7 +17,7 @@ from webdataset.shardlists import expand_urls
 from fcmae.data.remote import RemoteCache, is_remote
 from fcmae.data.shard_index import INDEX, Shard, ShardIndex, file_name, read_index
 from fcmae.data.tar_shard import TarShard
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
 from fcmae.files import write_text
 
 log = logging.getLogger(__name__)
@@ -187,14 +187,15 @@ def open_shard(shard: Shard, cache: RemoteCache) -> BinaryIO:
     """The file of a shard, fetched if it is remote.
 
     Raises:
-        UserError: it cannot be opened or fetched.
+        UserError: it cannot be opened or fetched; a `TransientError` if that may pass.
     """
     if is_remote(shard.url):
         return cache.open(shard.url, version=shard.version, size=shard.size, sha256=shard.sha256)
     try:
         return Path(shard.url).open("rb")
     except OSError as error:
-        raise UserError(f"shard {shard.url} cannot be opened: {error.strerror}; mend that, or name others") from error
+        kind = UserError if isinstance(error, PermissionError) else TransientError  # it was there a moment ago
+        raise kind(f"shard {shard.url} cannot be opened: {error.strerror}; mend that, or name others") from error
 
 
 def _shown(jobs: Iterable[Shard], count: int) -> Iterable[Shard]:

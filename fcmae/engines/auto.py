@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fcmae.engines.check import errors
 from fcmae.engines.engine import Engine
+from fcmae.errors import in_a_line
 from fcmae.masking import Mask
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ def _first_that_works(device: str) -> Engine:
         if not worst <= TOLERANCE:
             raise RuntimeError(f"its results are off by {worst:.1e}")
     except Exception as error:  # whatever a compiler or a driver may come up with, training goes on without it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("engine 'torch' is used on %s instead of %r: %s", device, name, reason)
+        log.warning("engine 'torch' is used on %s instead of %r: %s", device, name, in_a_line(error))
         return get_engine("torch")
     return engine
 

@@ -10,7 +10,7 @@ from fcmae.data.dataset import ImageDataset
 from fcmae.data.loader import open_loader
 from fcmae.data.preparation import Preparation
 from fcmae.data.source import Source
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 
 Advance = Callable[[int], object]
 """Told that so many more images are done."""
@@ -57,8 +57,8 @@ class Compute:
             device = torch.device(self.device)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"device={self.device!r} cannot be used ({reason}): use cpu, cuda or auto") from error
+            told = f"device={self.device!r} cannot be used ({in_a_line(error)}): use cpu, cuda or auto"
+            raise UserError(told) from error
         return device
 
     def place(self, net: nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
+from fcmae.errors import in_a_line
 from fcmae.files import write_text
 from fcmae.training.json_lines import JsonLinesLogger
 from fcmae.training.run_folder import RunFolder
@@ -20,8 +21,7 @@ def start_loggers(chosen: list[Logger], folder: RunFolder) -> list[Logger]:
         try:
             logger.experiment  # type: ignore[attr-defined]  # noqa: B018  # connects
         except Exception as error:
-            name = type(logger).__name__
-            log.warning("%s cannot start (%s); the run goes on without it", name, str(error).strip().splitlines()[0])
+            log.warning("%s cannot start (%s); the run goes on without it", type(logger).__name__, in_a_line(error))
         else:
             started.append(logger)
     return started

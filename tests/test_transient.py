@@ -1,0 +1,94 @@
+"""What may pass by itself is told from what a user must mend: a job tries only the former again."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fcmae.data.dataset import ImageDataset
+from fcmae.data.patience import insist
+from fcmae.data.remote import RemoteCache
+from fcmae.data.shard_list import open_shard
+from fcmae.data.webdataset import Shard
+from fcmae.errors import TransientError, UserError
+
+
+class Unreadable:
+    """Three pictures, none of which can be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 3
+
+    def sample_id(self, index: int) -> str:
+        return f"{index}.jpg"
+
+    def open(self, index: int) -> Any:
+        raise self.error
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),  # nothing is mounted there
+        (OSError("image file is truncated"), False),  # Pillow's own
+        (ValueError("no picture"), False),
+    ],
+)
+def test_images_that_cannot_be_read_all_at_once(error: Exception, passes: bool) -> None:
+    images = ImageDataset(source=Unreadable(error), indices=range(3), transform=torch.clone, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="3 images in a row cannot be read") as told:
+        images[0, 0]
+    assert isinstance(told.value, TransientError) == passes
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"), [(ConnectionError("reset"), True), (TimeoutError("late"), True), (PermissionError(), False)]
+)
+def test_a_server_that_does_not_answer(error: Exception, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcmae.data.patience.time", SimpleNamespace(sleep=float))
+    with pytest.raises(UserError) as told:
+        insist("x.tar", failing(error), tries=2)
+    assert isinstance(told.value, TransientError) == passes
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(OSError(errno.EIO, "Input/output error"), True), (PermissionError(errno.EACCES, "Permission denied"), False)],
+)
+def test_a_shard_that_was_there(
+    error: Exception, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "open", failing(error))
+    with pytest.raises(UserError, match=r"shard x\.tar cannot be opened: \w+.*; mend that") as told:
+        open_shard(Shard("x.tar", 1, 1), RemoteCache(folder=tmp_path, gib=1))
+    assert isinstance(told.value, TransientError) == passes
+
+
+@pytest.mark.parametrize(("status", "passes"), [(503, True), (404, False), (401, False)])
+def test_a_hub_that_answers_with_an_error(status: int, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.utils import HfHubHTTPError
+
+    from fcmae.data.hf import _check_hub
+
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    error = HfHubHTTPError(f"Error {status}", response=response)  # type: ignore[arg-type]
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", failing(error))
+    with pytest.raises(UserError, match=str(status)) as told:
+        _check_hub("me/pictures", None)
+    assert isinstance(told.value, TransientError) == passes
