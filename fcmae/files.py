@@ -1,12 +1,35 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one line what keeps a block from writing `path`.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+        TransientError: its file system does not answer.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own before the file's
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+            raise TransientError(
+                f"cannot write {path}: {cause.strerror}; see whether its disk or server is well"
+            ) from error
+        told = f"cannot write {path}: {cause.strerror or cause}; free space or mend permissions there"
+        raise UserError(told) from error
 
 
 @contextlib.contextmanager
@@ -21,16 +44,13 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or mend permissions there"
-        ) from error
+        with writing(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Checkpoints in a folder: their rows, whatever number of ranks wrote them; and what is said of a damaged one."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,22 @@ def test_until_all_ranks_have_written_the_checkpoint_before_is_the_newest(two: t
     with pytest.raises(UserError, match=r"rank-00001.* is not there: run_dir must be on a file system that all nodes"):
         finish(temporary, second, {}, sizes | {"rank-00001.safetensors": 9})
     assert newest_checkpoint(second.parent.parent) == first
+
+
+@pytest.mark.parametrize("space", [0, 1000, 50_000, 120_500])
+def test_a_failed_write_is_told_and_leaves_the_checkpoint_before(two: tuple[Path, Path], space: int) -> None:
+    """At the beginning of the rest, among its tensors (where torch hides the reason), at its end."""
+    temporary = two[1].with_name(".x.tmp")
+    sizes = dict([write_rank(temporary, 0, {"/a": torch.zeros(1)})])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (space, limits[1]))  # as a full disk, but root is not needed
+    try:
+        with pytest.raises(UserError, match=rf"^cannot write {temporary / REST}: File too large; free space or mend"):
+            finish(temporary, two[1], {"a": torch.zeros(30_000)}, sizes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest_checkpoint(two[1].parent.parent) == two[1]
+    assert [path.name for path in temporary.iterdir()] == [*sizes]
 
 
 def test_a_checkpoint_is_written_over_another(two: tuple[Path, Path]) -> None:

@@ -23,12 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():  # a sharded one that is incomplete, or it would have been gone on from
             remove(Path(path))
         with atomic_writer(Path(path)) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # torch reports a failed write so; ask the file for the reason
-                cause = error.__context__
-                raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads `path`, plain data only; a sharded one as a whole."""

@@ -1,6 +1,7 @@
 """Training with everything sharded (FSDP2): each device keeps its rows of parameters, gradients and AdamW's moments."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
@@ -18,7 +19,8 @@ from torch.optim import Optimizer
 
 from fcmae.checkpoints.format import read_checkpoint
 from fcmae.checkpoints.sharded import Rows, finish, remove, replaced, write_rank
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
+from fcmae.files import writing
 
 T = TypeVar("T")
 
@@ -156,7 +158,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if "optimizer_states" not in checkpoint:
             one = replaced(checkpoint, lambda name, value: whole(value).cpu() if isinstance(value, Tensor) else value)
-            self._together(lambda: Strategy.save_checkpoint(self, one, path))
+            self._together(path, lambda: Strategy.save_checkpoint(self, one, path))
             return
         mine: dict[str, Tensor] = {}
 
@@ -168,23 +170,29 @@ class ShardedStrategy(ModelParallelStrategy):
 
         rest = replaced(checkpoint, shape_alone)
         temporary = path.with_name(f".{path.name}.tmp")
-        self._together(lambda: remove(temporary) if self.is_global_zero else None)
-        sizes = dict(self._together(lambda: write_rank(temporary, self.global_rank, mine)))
-        self._together(lambda: finish(temporary, path, rest, sizes) if self.is_global_zero else None)
-
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """What the work of every rank gives. An error of one is all ranks', or they would wait for it."""
-        outcome: tuple[Any, str] = None, ""
         try:
-            outcome = work(), ""
-        except (UserError, OSError) as error:
-            outcome = None, str(error)
+            self._together(path, lambda: remove(temporary) if self.is_global_zero else None)
+            sizes = dict(self._together(path, lambda: write_rank(temporary, self.global_rank, mine)))
+            self._together(path, lambda: finish(temporary, path, rest, sizes) if self.is_global_zero else None)
+        except UserError:
+            if self.is_global_zero:
+                shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+            raise
+
+    def _together(self, path: Path, work: Callable[[], T]) -> list[T]:
+        """What every rank's part in writing `path` gives. An error of one is all ranks', or they would wait for it."""
+        outcome: tuple[Any, str, bool] = None, "", False
+        try:
+            with writing(path):
+                outcome = work(), "", False
+        except UserError as error:
+            outcome = None, str(error), isinstance(error, TransientError)
         outcomes: list[Any] = [None] * self.world_size
         dist.all_gather_object(outcomes, outcome)
-        for _, told in outcomes:
+        for _, told, may_pass in outcomes:
             if told:
-                raise UserError(told)
-        return [value for value, _ in outcomes]
+                raise (TransientError if may_pass else UserError)(told)
+        return [value for value, *_ in outcomes]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads this rank's rows of a folder's tensors, or of a file's.
