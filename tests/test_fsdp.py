@@ -6,18 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from micro import Result, command, write_images
+from test_data import folder_data
 from torch import Tensor
 
 import fcmae
 from fcmae.checkpoints.format import newest_checkpoint, read_checkpoint
 from fcmae.checkpoints.sharded import REST, Rows, assemble
 
-# Nine channels and a mask token of one row, which ranks cannot share evenly. Pre-training clips its gradients at every
-# step; fine-tuning does not, and so has the fused AdamW.
+# Nine channels and a mask token of one row, which ranks cannot share evenly; nine images to validate with, two batches
+# of the first of two ranks, and one of the other. Pre-training clips its gradients at every step; fine-tuning does not,
+# and so has the fused AdamW.
 MICRO = [
     *("+model=custom", "model.depths=[1,1,2,1]", "model.dims=[8,9,16,16]", "data.image_size=64", "data.num_workers=0"),
     *(
@@ -29,7 +32,7 @@ MICRO = [
     ),
     *("save.every_n_steps=2", "save.keep=9", "data.batch_size=4"),
 ]
-PRETRAIN = [*MICRO, "model.decoder_dim=10", "data=folder", "data.val_images=8", "pictures=1", "optim.base_lr=0.01"]
+PRETRAIN = [*MICRO, "model.decoder_dim=10", "data=folder", "data.val_images=9", "pictures=1", "optim.base_lr=0.01"]
 PRETRAIN += ["trainer.gradient_clip_val=0.005"]
 FINETUNE = [*MICRO, "checkpoint=null", "ema.decay=0.5", "optim.layer_decay=0.8", "model.head_init_scale=1"]
 ONE = ["trainer=cpu"]
@@ -44,9 +47,9 @@ def ranks(count: int, trainer: str = "fsdp") -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, alone and with labels, and a run of each verb on one device."""
     place = tmp_path_factory.mktemp("fsdp")
-    write_images(place / "images", 40)
-    for part, count in (("train", 16), ("val", 4)):
-        for name in ("cat", "dog"):
+    write_images(place / "images", 45)
+    for part, counts in (("train", (16, 16)), ("val", (5, 4))):
+        for name, count in zip(("cat", "dog"), counts, strict=True):
             write_images(place / "labelled" / part / name, count)
     here(place, "pretrain", "one")
     return place
@@ -191,6 +194,39 @@ def test_fine_tuning_with_a_moving_average(place: Path) -> None:
     stopped(place, "tuned_by_two", "tuned_by_two_then_one", step=2)  # whose moments lie otherwise in memory
     here(place, "finetune", "tuned_by_two_then_one")
     assert_same(place / "tuned_by_two_then_one", place / "tuned_by_one", from_step=2)
+
+
+@pytest.mark.parametrize(("held_out", "ranks", "batch"), [(9, 2, 4), (5, 2, 2), (7, 3, 2), (8, 4, 1), (3, 5, 2)])
+def test_ranks_have_equally_many_batches_of_different_images(
+    tmp_path: Path, held_out: int, ranks: int, batch: int
+) -> None:
+    """To validate with, even where there are fewer images than ranks; a repeated image counts for nothing."""
+    write_images(tmp_path, 45)
+    data = folder_data(tmp_path, val_images=held_out, batch_size=batch)
+    lengths, counted = set(), []
+    for rank in range(ranks):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, num_devices=ranks)  # type: ignore[assignment]
+        loader = data.val_dataloader()
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        lengths.add(len(batches))
+        counted += [name for batch in batches if not batch.surplus for name in batch.sample_ids]
+    assert len(lengths) == 1
+    assert sorted(counted) == [f"{index:03d}.png" for index in data.split()[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [2, 0.5])
+def test_part_of_a_validation(place: Path, limit: float) -> None:
+    """Ranks take equally many batches of it, too."""
+    for trainer in ("ddp", "fsdp"):
+        run = f"{limit}_of_validation_{trainer}"
+        there(place, "pretrain", run, *ranks(2, trainer), f"trainer.limit_val_batches={limit}", "epochs=1")
+    losses = [
+        json.loads((place / f"{limit}_of_validation_{trainer}/summary.json").read_text())["val_loss"]
+        for trainer in ("ddp", "fsdp")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow

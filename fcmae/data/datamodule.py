@@ -211,16 +211,19 @@ class ImageDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The held-out images, always in the same order; ranks share them out."""
+        """The held-out images, always in the same order; ranks share them out.
+
+        All ranks have equally many batches, or those with more would wait for the others: to agree on going on, and,
+        where the network is sharded, for their rows of it. Who lacks one repeats an image in a surplus batch.
+        """
         _, indices = self.split()
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order = [(0, index) for index in range(rank, len(indices), world_size)]
+        surplus = len(order) * world_size < len(indices) and len(order) % self.batch_size == 0
+        if surplus:  # the first ranks have one image more than this one, and a batch for it
+            order.append((0, rank % len(indices)))
         loader = self._loader(self.dataset(indices, train=False), order, pictures=self.batch_size, most_workers=2)
-        limit = self.trainer.limit_val_batches if self.trainer else 1.0
-        if world_size == 1 or (isinstance(limit, float) and limit == 1):  # else ranks may take different numbers of
-            # batches, and would wait for each other
-            loader.gate = self.gate
-            loader.rounds = -(-len(indices) // (world_size * self.batch_size))  # of the rank that has most
+        loader.gate, loader.surplus = self.gate, surplus
         return loader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -77,6 +77,8 @@ class Batch(NamedTuple):
     broken: list[tuple[str, str]]
     labels: Tensor | None = None
     """(B,) int64 or (B, classes) float32, where the source has labels."""
+    surplus: bool = False
+    """Counts for nothing: the images are repeated, so that all ranks validate with equally many batches."""
 
 
 def check_channels(source: Source) -> None:

@@ -1,5 +1,6 @@
 """What the processes of a loader are reading: when one dies or hangs, the picture that it did so at has a name."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.source import Batch
-from fcmae.errors import UserError
+from fcmae.errors import TransientError
 from fcmae.stopping import Gate, OpenGate
 
 _LONGEST = 512  # bytes of a name
@@ -43,10 +44,10 @@ class WatchedLoader(DataLoader[Batch]):
 
     Attributes:
         gate: asked before each batch.
-        rounds: how often it is asked in a pass, which may be more often than this rank has batches.
+        surplus: whether the last batch is there only so that all ranks have equally many; `Batch.surplus` says so.
 
     Raises, from its iterator:
-        UserError: a worker did.
+        TransientError: a worker did.
     """
 
     dataset: ImageDataset  # type: ignore[assignment]  # a data set of samples, collated to batches
@@ -54,15 +55,14 @@ class WatchedLoader(DataLoader[Batch]):
     def __init__(self, dataset: ImageDataset, **options: Any) -> None:
         super().__init__(dataset, **options)  # type: ignore[arg-type]
         self.gate: Gate = OpenGate()
-        self.rounds = 0
+        self.surplus = False
         self._reading = Reading(self.num_workers)
         if self.num_workers:
             dataset.reading = self._reading
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches: Any = super().__iter__()
-        asked, last = 0, len(self)
-        while True:
+        for number in itertools.count(1):
             try:
                 batch = self.gate.fetch(batches)
             except StopIteration:
@@ -71,12 +71,8 @@ class WatchedLoader(DataLoader[Batch]):
                 reason = self._reason(batches, str(error))
                 if reason is None:
                     raise
-                raise UserError(reason) from error
-            asked += 1
-            if asked == last:  # nobody comes back for more
-                for _ in range(last, self.rounds):
-                    self.gate.agree()
-            yield batch
+                raise TransientError(reason) from error
+            yield batch._replace(surplus=True) if self.surplus and number == len(self) else batch
 
     def _reason(self, batches: Any, message: str) -> str | None:
         """What happened to the workers, if that is it."""

@@ -128,6 +128,7 @@ class ClassificationModule(TrainingModule):
         networks = {"val": self.net} | ({"val_ema": self.ema.module} if self.ema is not None else {})
         assert batch.labels is not None
         known = (batch.labels >= 0).view(len(batch.labels), -1).all(1)  # the others could not be read
+        known &= not batch.surplus
         for name, network in networks.items():
             self.metrics[name].update(network(batch.images)[known].float(), batch.labels[known])
 

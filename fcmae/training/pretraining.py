@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from fcmae.data.source import Batch
 from fcmae.engines.auto import choose
@@ -36,6 +37,9 @@ class PretrainModule(TrainingModule):
     def __init__(self, *, model: FCMAE, optim: AdamW, seed: int, description: dict[str, Any]) -> None:
         super().__init__(optim=optim, seed=seed, description=description)
         self.model = model
+        # Lightning's own mean over ranks divides by the images per rank, rounded down.
+        names = ("val_loss", "val_loss_patch_mean", "val_loss_nearest_patch")
+        self.losses = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     @property
     def trained(self) -> nn.Module:
@@ -72,7 +76,10 @@ class PretrainModule(TrainingModule):
             "val_loss_patch_mean": trivial.mean,
             "val_loss_nearest_patch": trivial.nearest,
         }
-        self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch.images))
+        images = 0 if batch.surplus else len(batch.images)
+        for name, loss in losses.items():
+            self.losses[name].update(loss.expand(images))  # without checks for NaN, torchmetrics ignores weights
+        self.log_dict({**self.losses})  # type: ignore[dict-item]  # torch's type is that of any module
 
     def validation_line(self) -> str:
         metrics = self.trainer.callback_metrics
