@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -30,18 +31,20 @@ class Woken(BaseException):
 class StopRequest:
     """Takes SIGINT, SIGTERM and SIGUSR1; schedulers announce with the last two that they want the machine back.
 
-    Before the training there is nothing to lose, and a signal ends the process at once. While `held`, it is only noted;
-    a second Ctrl-C ends the process all the same.
+    Before the training there is nothing to lose, and a signal ends the process at once. From `hold` on it is only
+    noted; a second Ctrl-C ends the process all the same.
 
     Args:
         held: note signals only, from the beginning: by a process that another rank has started and will wait for.
 
     Attributes:
         signum: the signal that asks for the stop; 0 for none.
+        training: whether there is something to lose.
     """
 
     def __init__(self, *, held: bool = False) -> None:
         self.signum = 0
+        self.training = False
         self._held = held
         self._waiting = False
 
@@ -51,21 +54,19 @@ class StopRequest:
         if impatient:
             raise KeyboardInterrupt
         if not self._held:
-            name = signal.Signals(signum).name
-            print(f"fcmae: {name} before the training began; the same command starts it again", file=sys.stderr)  # noqa: T201
+            _say_goodbye(signum)
             raise SystemExit(exit_code(signum))
         if self._waiting:
             self._waiting = False
             raise Woken
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Signals are only noted meanwhile."""
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
+    def hold(self) -> None:
+        """From here on signals are only noted: whoever trains asks, and ends where nothing is lost."""
+        self._held = self.training = True
+
+    def unheard(self) -> bool:
+        """Whether a signal that came would end the process, had the main thread noticed it."""
+        return not self._held and not self.signum
 
     def wait_for(self, batches: Iterator[T]) -> T:
         """The next batch, unless a signal ends the waiting for it.
@@ -83,6 +84,19 @@ class StopRequest:
             self._waiting = False
 
 
+def watch() -> None:
+    """Takes the signals from here on, to the end of the process, which keeps the request in its table of handlers.
+
+    Called before torch is imported, it also has torch's native code report errors only: its warning of a connection
+    that is gone, as after a lost rank, is forty lines long, and hides who was lost.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _take_signals()
+    request = signal.getsignal(signal.SIGTERM)
+    if isinstance(request, StopRequest) and os.name == "posix":
+        (_follow if _by_first_rank() else _listen)(request)
+
+
 @contextlib.contextmanager
 def watching() -> Iterator[StopRequest]:
     """Takes the signals, if that is not done yet, and gives them back in the end."""
@@ -90,7 +104,7 @@ def watching() -> Iterator[StopRequest]:
     if isinstance(earlier, StopRequest):
         yield earlier
         return
-    previous = watch()
+    previous = _take_signals()
     request = signal.getsignal(signal.SIGTERM)
     try:
         yield request if isinstance(request, StopRequest) else StopRequest()
@@ -99,18 +113,61 @@ def watching() -> Iterator[StopRequest]:
             signal.signal(signum, handler)
 
 
-def watch() -> dict[int, Any]:
-    """Takes the signals from here on; returns who had them before. The process's table of handlers keeps the request.
-
-    Other threads than the main one cannot take signals: there, nothing happens.
-    """
+def _take_signals() -> dict[int, Any]:
+    """Returns who had them before; in other threads than the main one, which cannot take signals, nothing happens."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    by_first_rank = "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ  # Lightning's launcher
-    request = StopRequest(held=by_first_rank)
+    request = StopRequest(held=_by_first_rank())
+    return {signum: signal.signal(signum, request) for signum in _signums()}
+
+
+def _by_first_rank() -> bool:
+    """Whether Lightning's launcher has started this process, from the first rank."""
+    return "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _signums() -> list[int]:
     names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
-    signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return {signum: signal.signal(signum, request) for signum in signums}
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def _listen(request: StopRequest) -> None:
+    """Ends the process for a signal that the main thread does not get to see for five seconds.
+
+    Python runs handlers between two of its own instructions. While ranks connect, which may take until the last node is
+    there, the main thread is inside of one.
+    """
+    told, teller = os.pipe()
+    os.set_blocking(teller, False)
+    signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while True:
+            signum = os.read(told, 1)[0]
+            time.sleep(5)
+            if signum in _signums() and request.unheard():
+                _say_goodbye(signum)
+                os._exit(exit_code(signum))
+
+    threading.Thread(target=listen, daemon=True, name="signals").start()
+
+
+def _follow(request: StopRequest) -> None:
+    """Ends the process when the first rank, which has started it, is gone before the training began."""
+    first = os.getppid()
+
+    def follow() -> None:
+        while not request.training:
+            time.sleep(1)
+            if os.getppid() != first:
+                os._exit(STOPPED)
+
+    threading.Thread(target=follow, daemon=True, name="first-rank").start()
+
+
+def _say_goodbye(signum: int) -> None:
+    name = signal.Signals(signum).name
+    print(f"fcmae: {name} before the training began; the same command starts it again", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Gate(Protocol):

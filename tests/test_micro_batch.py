@@ -8,6 +8,7 @@ from micro import MICRO, pretrain
 
 from fcmae.errors import UserError
 from fcmae.training.micro_batch import candidates, first_that_fits
+from fcmae.training.out_of_memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,19 @@ def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         first_that_fits([2], broken, lambda: None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_a_lack_of_memory_has_several_names(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
 
 
 def test_it_needs_a_cuda_device_and_an_effective_batch(tmp_path: Path) -> None:

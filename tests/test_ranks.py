@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from test_resume import MICRO, weights
 from test_stopping import images, wait_for  # noqa: F401
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 from fcmae.stopping import STOPPED
 from fcmae.training.callbacks.ranks import check_same
 from fcmae.training.journal import Journal
@@ -46,6 +46,8 @@ def torchrun(world: int, here: int) -> dict[str, str]:
         (options(1, "auto"), {}, 1, LightningEnvironment),
         (options(1, 4), {}, 4, LightningEnvironment),
         (options(1, [0, 2]), {}, 2, LightningEnvironment),
+        (options(1, "0,1"), {}, 2, LightningEnvironment),
+        (options(1, "1,"), {}, 1, LightningEnvironment),
         (options(2, 4), {"MASTER_ADDR": "n1"}, 8, LightningEnvironment),
         (options(2, 4), slurm("4(x2)"), 8, SLURMEnvironment),
         (options(2, 1), slurm("1(x2)"), 2, SLURMEnvironment),
@@ -58,7 +60,7 @@ def torchrun(world: int, here: int) -> dict[str, str]:
             8,
             LightningEnvironment,
         ),
-        (options(1, 8), {**STEP, "SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}, 8, LightningEnvironment),
+        (options(1, 8), {**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}, 8, LightningEnvironment),
     ],
 )
 def test_what_fits_is_taken(
@@ -96,22 +98,36 @@ def test_ranks_that_differ_are_refused() -> None:
     check_same([("n1", facts), ("n2", dict(facts))])
     with pytest.raises(UserError, match="rank 2 on n2 has another set of images than rank 0 on n1: 39 images, d, not"):
         check_same([("n1", facts), ("n1", facts), ("n2", {**facts, "set of images": "39 images, d"})])
+    with pytest.raises(
+        UserError, match=r"rank 1 on n2 has another data\.batch_size .* the smaller number instead of auto"
+    ):
+        check_same([("n1", {"data.batch_size": "64"}), ("n2", {"data.batch_size": "32"})])
 
 
-class Two:
-    """Two ranks on this machine, of which Lightning starts the second."""
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("a\nb"), "a"), (KeyError(), "KeyError"), (RuntimeError(" \n"), "RuntimeError")]
+)
+def test_an_error_in_a_line(error: Exception, line: str) -> None:
+    assert in_a_line(error) == line
 
-    def __init__(self, run: Path, images: Path, *options: str) -> None:  # noqa: F811
-        command = [sys.executable, "-m", "fcmae.pretrain", *MICRO, f"data.path={images}", f"run_dir={run}", *TWO]
+
+class Local:
+    """Ranks on this machine, of which Lightning starts all but the first."""
+
+    def __init__(self, run: Path, images: Path, *options: str, ranks: int = 2) -> None:  # noqa: F811
+        words = [word for word in TWO if not word.startswith(("trainer.devices=", "effective_batch="))]
+        command = [sys.executable, "-m", "fcmae.pretrain", *MICRO, f"data.path={images}", f"run_dir={run}", *words]
         self.journal = Journal(run / "journal.jsonl")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [word for word in [*command, "save.keep=2", *options] if word != "trainer=cpu"]
         self.process = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            [*command, f"trainer.devices={ranks}"],
+            env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
         wait_for(lambda: any(entry["event"] == "saved" for entry in self.journal.read()))
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        self.second = next(int(pid) for pid in children if f"{run}" in Path(f"/proc/{pid}/cmdline").read_text())
+        ranks_of = {_local_rank(int(pid)): int(pid) for pid in children}
+        self.pids = [self.process.pid, *(ranks_of[rank] for rank in range(1, ranks))]
 
     def end(self, seconds: float) -> str:
         """What it said, once all of it is over."""
@@ -119,14 +135,20 @@ class Two:
         return err
 
 
-LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, to find the second rank")
+def _local_rank(pid: int) -> int | None:
+    """As Lightning tells the processes that it starts; those that read images are not told."""
+    variables = dict(one.partition("=")[::2] for one in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return int(variables["LOCAL_RANK"]) if "LOCAL_RANK" in variables else None
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, to find the other ranks")
 
 
 @LINUX
-@pytest.mark.parametrize("to", ["second", pytest.param("first", marks=pytest.mark.slow)])
-def test_a_signal_to_one_rank_stops_all(tmp_path: Path, images: Path, to: str) -> None:  # noqa: F811
-    ranks = Two(tmp_path / "run", images)
-    os.kill(ranks.process.pid if to == "first" else ranks.second, signal.SIGUSR1)
+@pytest.mark.parametrize("to", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path, images: Path, to: int) -> None:  # noqa: F811
+    ranks = Local(tmp_path / "run", images)
+    os.kill(ranks.pids[to], signal.SIGUSR1)
     err = ranks.end(60)
     assert ranks.process.returncode == STOPPED, err
     assert "Traceback" not in err
@@ -136,23 +158,102 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, images: Path, to: str) -
 
 @LINUX
 @pytest.mark.parametrize(
-    ("fault", "victim"),
-    [("KILL", 1), pytest.param("KILL", 0, marks=pytest.mark.slow), pytest.param("STOP", 1, marks=pytest.mark.slow)],
+    ("fault", "victim", "number"),
+    [
+        ("KILL", 1, 2),
+        pytest.param("KILL", 0, 2, marks=pytest.mark.slow),
+        pytest.param("STOP", 1, 2, marks=pytest.mark.slow),
+        pytest.param("STOP", 0, 2, marks=pytest.mark.slow),
+        pytest.param("KILL", 2, 4, marks=pytest.mark.slow),
+        pytest.param("KILL", 0, 4, marks=pytest.mark.slow),
+        pytest.param("STOP", 2, 4, marks=pytest.mark.slow),
+    ],
 )
-def test_a_lost_rank_is_named_and_ends_the_run(tmp_path: Path, images: Path, fault: str, victim: int) -> None:  # noqa: F811
-    ranks = Two(tmp_path / "run", images, "rank_timeout=10")
+def test_a_lost_rank_is_named_and_ends_the_run(
+    tmp_path: Path,
+    images: Path,  # noqa: F811
+    fault: str,
+    victim: int,
+    number: int,
+) -> None:
+    """All that are left say the same, and one of them writes it down."""
+    ranks = Local(tmp_path / "run", images, "rank_timeout=10", ranks=number)
     time.sleep(3)  # a beat a second tells how far each is
     started = time.monotonic()
-    os.kill([ranks.process.pid, ranks.second][victim], getattr(signal, f"SIG{fault}"))
+    os.kill(ranks.pids[victim], getattr(signal, f"SIG{fault}"))
+    if (fault, victim) == ("STOP", 0):  # its children end; nobody is there to end it
+        wait_for(lambda: not any(_lives(pid) for pid in ranks.pids[1:]), 60)
+        os.kill(ranks.pids[0], signal.SIGKILL)
     err = ranks.end(60)
-    assert time.monotonic() - started < (30 if fault == "KILL" else 45)
+    assert time.monotonic() - started < (30 if fault == "KILL" else 60)
     assert ranks.process.returncode == (1 if victim else -signal.SIGKILL), err
-    last = err.splitlines()[-1]
-    assert last.startswith(f"fcmae: rank {victim} on "), err
-    assert "no longer answers" in last
+    told = [line for line in err.splitlines() if line.startswith("fcmae: ")]
+    assert len(told) == number - 1, err
+    assert all(line.startswith(f"fcmae: rank {victim} on ") and "no longer answers" in line for line in told), err
     failed = [entry for entry in ranks.journal.read() if entry["event"] == "failed"]
     assert [(entry["rank"], entry["error"]) for entry in failed] == [(victim, "no longer answers")]
     assert failed[0]["step"] >= 1
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there, and not only waits to be asked how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("error", "code"), [("UserError('no such thing')", 2), pytest.param("KeyError()", 1, marks=pytest.mark.slow)]
+)
+def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, images: Path, error: str, code: int) -> None:  # noqa: F811
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os\n"
+        "from fcmae import launch\n"
+        "from fcmae.errors import UserError\n"
+        "from fcmae.pretrain import pretrain\n"
+        "from fcmae.training.pretraining import PretrainModule\n"
+        "step = PretrainModule.training_step\n"
+        "def fails(self, batch, index):\n"
+        f"    if os.environ.get('LOCAL_RANK') == '1' and self.global_step == 2: raise {error}\n"
+        "    return step(self, batch, index)\n"
+        "PretrainModule.training_step = fails\n"
+        "launch.run('pretrain', pretrain)\n"
+    )
+    done = run_script(script, tmp_path / "run", images)
+    assert done.returncode == code, done.stderr
+    what = "no such thing" if code == 2 else "KeyError"
+    told = [line for line in done.stderr.splitlines() if line.startswith("fcmae: ")]
+    assert [line for line in told if line.startswith("fcmae: rank 1 on ") and f"failed at step 2: {what}" in line], told
+    events = Journal(tmp_path / "run" / "journal.jsonl").read()
+    assert [(one["event"], one.get("rank"), one.get("error")) for one in events if one["event"] != "saved"][1:] == [
+        ("failed", 1, what)
+    ]
+
+
+@pytest.mark.slow
+def test_two_ranks_log_to_one_wandb_run(tmp_path: Path, images: Path) -> None:  # noqa: F811
+    words = [*MICRO, *TWO, f"data.path={images}", f"run_dir={tmp_path / 'run'}", "logger=wandb"]
+    command = [
+        sys.executable,
+        "-m",
+        "fcmae.pretrain",
+        *(word for word in words if word not in ("trainer=cpu", TWO[-1])),
+    ]
+    done = subprocess.run(
+        [*command, "logger.wandb.offline=true", "epochs=1"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    name = (tmp_path / "run" / "wandb_run_id.txt").read_text()
+    (found,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert found.name.endswith(f"-{name}")
+
+
+def run_script(script: Path, run: Path, images: Path) -> "subprocess.CompletedProcess[str]":  # noqa: F811
+    words = [word for word in (*MICRO, *TWO, f"data.path={images}", f"run_dir={run}") if word != "trainer=cpu"]
+    return subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=120, check=False)
 
 
 @LINUX
@@ -168,11 +269,7 @@ def test_another_installation_on_one_rank_is_refused(tmp_path: Path, images: Pat
         "    launching._code = lambda: 'another'\n"
         "launch.run('pretrain', pretrain)\n"
     )
-    words = [*MICRO, *TWO, f"data.path={images}", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, script, *(word for word in words if word != "trainer=cpu")],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_script(script, tmp_path / "run", images)
     assert done.returncode == 2, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("fcmae: ")]
     assert told
@@ -187,18 +284,18 @@ def test_torchrun_starts_the_same_run(tmp_path: Path, images: Path) -> None:  # 
     words = [word for word in (*MICRO, f"data.path={images}", *TWO) if word not in ("trainer=cpu", "epochs=100000")]
 
     def run(name: str, *launcher: str) -> "subprocess.CompletedProcess[str]":
-        command = [*launcher, "fcmae.pretrain", *words, f"run_dir={tmp_path / name}", *options]
+        command = [*launcher, "fcmae.pretrain", *words, f"run_dir={tmp_path / name}", *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-    options = ["save.keep=1"]
-    for name, launcher in (("lightning", [sys.executable, "-m"]), ("torchrun", torchrun)):
+    starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+    more = ["save.keep=1"]
+    for name, launcher in (("lightning", [sys.executable, "-m"]), ("torchrun", starter)):
         done = run(name, *launcher)
         assert done.returncode == 0, done.stderr
     mine, its = weights(tmp_path / "torchrun"), weights(tmp_path / "lightning")
     assert all(torch.equal(mine[name], its[name]) for name in its)
-    options = ["trainer.devices=1"]
-    refused = run("refused", *torchrun)
+    more = ["trainer.devices=1"]
+    refused = run("refused", *starter)
     assert "fcmae: torchrun started 2 processes on each of 1 nodes" in refused.stderr
     assert "add trainer.num_nodes=1 trainer.devices=2" in refused.stderr
     assert not (tmp_path / "refused").exists()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -132,7 +134,8 @@ def _signal_after(file: Path) -> None:
 
 
 def start(run: Path, images: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "fcmae.pretrain", *MICRO, f"data.path={images}", f"run_dir={run}", *options]
+    words = [word for word in MICRO if word != "trainer=cpu" or "trainer=ddp" not in options]
+    command = [sys.executable, "-m", "fcmae.pretrain", *words, f"data.path={images}", f"run_dir={run}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -162,6 +165,26 @@ def test_while_it_is_importing(tmp_path: Path, images: Path, signum: int) -> Non
         f"fcmae: {signal.Signals(signum).name} before the training began; the same command starts it again"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_while_the_other_node_is_awaited(tmp_path: Path, images: Path) -> None:
+    """The main thread is inside of torch's own code, for half an hour if nobody comes."""
+    options = ["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1", "trainer.accelerator=cpu"]
+    log = tmp_path / "run" / "train.log"
+    with mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), NODE_RANK="0"):
+        process = start(tmp_path / "run", images, *options)
+    wait_for(lambda: process.poll() is not None or (log.exists() and "run folder: " in log.read_text()))
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == STOPPED, err
+    assert err.splitlines()[-1] == "fcmae: SIGTERM before the training began; the same command starts it again"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -194,11 +217,11 @@ def test_a_request_is_obeyed_at_once_where_nothing_can_be_lost(capsys: pytest.Ca
 
 def test_a_second_interrupt_is_not_held() -> None:
     request = StopRequest()
-    with request.held():
+    request.hold()
+    request(signal.SIGINT, None)
+    request(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
         request(signal.SIGINT, None)
-        request(signal.SIGTERM, None)
-        with pytest.raises(KeyboardInterrupt):
-            request(signal.SIGINT, None)
     assert request.signum == signal.SIGINT
 
 
@@ -210,13 +233,13 @@ def test_waiting_ends_with_a_request_and_not_without() -> None:
         request(signal.SIGTERM, None)
         raise AssertionError("the signal was not heard")
 
-    with request.held():
-        iterator = batches()
-        assert request.wait_for(iterator) == 1
-        with pytest.raises(Woken):
-            request.wait_for(iterator)
-        with pytest.raises(Woken):  # nor is anything waited for afterwards
-            request.wait_for(iter([1]))
+    request.hold()
+    iterator = batches()
+    assert request.wait_for(iterator) == 1
+    with pytest.raises(Woken):
+        request.wait_for(iterator)
+    with pytest.raises(Woken):  # nor is anything waited for afterwards
+        request.wait_for(iter([1]))
 
 
 def test_handlers_are_given_back() -> None:

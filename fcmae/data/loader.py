@@ -1,9 +1,11 @@
 """What all loaders share: worker processes that leave signals alone, and the normalisation on the device."""
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch import Tensor
@@ -91,16 +93,18 @@ def leave_signals_to_the_run(worker: int) -> None:
     its step, saves, and then ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # neither Windows nor macOS has it
+    if hasattr(signal, "SIGUSR1"):  # Windows has no SIGUSR1
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    if hasattr(signal, "sigtimedwait") and run is not None:  # neither Windows nor macOS has it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_for, args=(run,), daemon=True).start()
 
 
-def _end_for(run: int) -> None:
+def _end_for(run: BaseProcess) -> None:
     """Ends this process when the run says so, or is gone: the worker holds a copy of its connections open."""
-    while os.getppid() == run:
+    while run.is_alive():
         told = signal.sigtimedwait({signal.SIGTERM}, 0.5)
-        if told is not None and told.si_pid == run:
+        if told is not None and told.si_pid == run.pid:
             break
     os._exit(0)

@@ -1,10 +1,11 @@
-"""Who of several ranks no longer lives, and how far it came: told by what each writes to the store they share."""
+"""Why a run of several ranks ends: which of them no longer lives, or failed; told by what all write to one store."""
 
 import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,28 +14,34 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 _EVERY = 1.0  # seconds between beats
 _SILENT = 3.0  # seconds without one that mean silence
+_ANSWER = 10.0  # seconds in which a store that works has answered
+_WORD = "fault"  # the store's key for what ends the run
+LOST = "no longer answers"
 
 
 @dataclass(frozen=True)
-class Silent:
-    """A rank that gives no sign of life.
+class Fault:
+    """What ends the run of all ranks.
 
     Attributes:
-        rank: of all processes.
-        host: on which it ran.
-        step: optimiser steps that it had done a second or two before.
+        rank: of all processes, to which it happened.
+        host: on which that ran.
+        step: optimiser steps that it had done, a second or two before if it is lost.
+        error: what happened, in a line.
+        refused: it is something that the user must mend.
     """
 
     rank: int
     host: str
     step: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (last heard of at step {self.step})"
+    error: str = LOST
+    refused: bool = False
 
 
 class Heartbeats:
-    """Writes beats of this rank from a thread, as long as the process runs; reads those of the others when asked.
+    """Writes beats of this rank from a thread, as long as the process runs; finds out whose are missing when asked.
+
+    Nothing here waits for the store without a bound: rank 0 keeps it, and may be the one that is stopped.
 
     Args:
         hosts: of all ranks.
@@ -50,6 +57,9 @@ class Heartbeats:
         self._rank = dist.get_rank()
         self._store: Any = dist.PrefixStore("fcmae", _get_default_store().clone())  # a connection of the thread's own
         self._known = [(0, step)] * len(hosts)
+        self._faults: list[Fault] = []
+        self._number = 0
+        self._paused = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeats")
 
@@ -60,52 +70,86 @@ class Heartbeats:
     def stop(self) -> None:
         """Beats no more."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_ANSWER)
 
-    def of(self, rank: int) -> Silent:
-        """What is known of a rank that has ended."""
-        self.stop()
-        try:
-            return Silent(rank, self._hosts[rank], self._read()[rank][1])
-        except Exception:  # whatever a store that is gone raises
-            return Silent(rank, self._hosts[rank], self._known[rank][1])
+    def judge(self, own: Fault, *, sure: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
+        """Why the run ends: all ranks are told the same, what the first of them has found.
 
-    def silent(self) -> list[Silent]:
-        """The ranks that did not beat for three seconds; rank 0 keeps the store, so without it nobody is heard."""
-        self.stop()  # the connection is this thread's from here on
-        try:
-            before = self._read()
-            until = time.monotonic() + _SILENT
-            while time.monotonic() < until:
-                time.sleep(_EVERY / 2)
-                self._store.set(str(self._rank), self._beat_now())
-            after = self._read()
-        except Exception:  # whatever a store that is gone raises
-            return [Silent(0, self._hosts[0], self._known[0][1])] if self._rank else []
-        return [
-            Silent(rank, self._hosts[rank], after[rank][1])
-            for rank in range(len(after))
-            if rank != self._rank and after[rank][0] == before[rank][0]
-        ]
+        Args:
+            own: what happened to this rank.
+            sure: that did not happen because of others.
+            ended: ranks whose processes this one has seen end.
+
+        Returns:
+            faults: one, or several ranks that are lost together.
+            first: whether this rank is the one to write that down.
+        """
+        self.stop()  # the connection is used from here on
+        found = _within(3 * _ANSWER, lambda: self._judge(own, sure, ended)) if not self._thread.is_alive() else None
+        if found is not None:
+            return found
+        if self._faults:  # heard of while the store was there
+            return self._faults, False
+        if self._paused:
+            return [Fault(self._rank, own.host, own.step, f"did not run for {self._paused:.0f} seconds")], True
+        return ([Fault(0, self._hosts[0], self._known[0][1])] if self._rank else [own]), True
+
+    def linger(self) -> None:
+        """Keeps the store open until all ranks have heard why the run ends."""
+        if self._rank == 0:
+            time.sleep(3 * _EVERY)
+
+    def _judge(self, own: Fault, sure: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
+        if faults := self._told():
+            return faults, False
+        if sure:
+            return self._tell([own])
+        if ended:
+            beats = self._read()
+            return self._tell([Fault(rank, self._hosts[rank], beats[rank][1]) for rank in ended])
+        before = self._read()
+        until = time.monotonic() + _SILENT
+        while time.monotonic() < until:
+            time.sleep(_EVERY / 2)
+            self._store.set(str(self._rank), self._next())
+        after = self._read()
+        silent = [rank for rank in range(len(after)) if rank != self._rank and after[rank][0] == before[rank][0]]
+        return self._tell([Fault(rank, self._hosts[rank], after[rank][1]) for rank in silent] or [own])
+
+    def _told(self) -> list[Fault]:
+        return _faults(self._store.get(_WORD))[1] if self._store.check([_WORD]) else []
+
+    def _tell(self, faults: list[Fault]) -> tuple[list[Fault], bool]:
+        """Tells all, unless another rank did so just before: then that holds."""
+        mine = json.dumps([self._rank, [asdict(fault) for fault in faults]])
+        by, told = _faults(self._store.compare_set(_WORD, "", mine))
+        return told, by == self._rank
 
     def _beat(self) -> None:
-        self._number = 0
-        self._store.set_timeout(timedelta(seconds=10))
+        self._store.set_timeout(timedelta(seconds=_ANSWER))
+        before = time.monotonic()
         while not self._stop.wait(_EVERY):
+            now = time.monotonic()
+            if now - before > _ANSWER:
+                self._paused = now - before
+            before = now
             try:
-                self._store.set(str(self._rank), self._beat_now())
+                self._store.set(str(self._rank), self._next())
+                self._faults = self._told()
                 if self._rank:
                     self._known[0] = _parsed(self._store.get("0"))
-            except Exception:  # the main thread will notice, and ask
+            except Exception:  # whatever a store that is gone raises; the main thread will notice, and ask
                 return
 
-    def _beat_now(self) -> str:
+    def _next(self) -> str:
         self._number += 1
         return json.dumps([self._number, self.step])
 
     def _read(self) -> list[tuple[int, int]]:
         names = [str(rank) for rank in range(len(self._hosts))]
-        return [
+        if self._store.check(names):
+            return [_parsed(beat) for beat in self._store.multi_get(names)]
+        return [  # one of them was lost before its first beat
             _parsed(self._store.get(name)) if self._store.check([name]) else known
             for name, known in zip(names, self._known, strict=True)
         ]
@@ -114,6 +158,28 @@ class Heartbeats:
 def hostname() -> str:
     """Of this machine."""
     return socket.gethostname()
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """What `ask` returns; None if it fails or takes longer."""
+    answers: list[Any] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception:  # whatever a store that is gone raises
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def _faults(word: bytes) -> tuple[int, list[Fault]]:
+    """Which rank tells, and what."""
+    rank, faults = json.loads(word)
+    return int(rank), [Fault(**fault) for fault in faults]
 
 
 def _parsed(beat: bytes) -> tuple[int, int]:

@@ -22,6 +22,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 import fcmae
 from fcmae.errors import UserError
 
+MICRO_BATCH = "data.batch_size"
+"""Of what must be the same on all ranks: each of them finds its own with data.batch_size=auto."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -61,7 +64,8 @@ def check_launch(options: Mapping[str, Any], environ: Mapping[str, str]) -> Laun
             )
         _check_started("srun", asked, (nodes, devices), (len(tasks), tasks[0]))
         return Launch(len(tasks) * tasks[0], SLURMEnvironment(auto_requeue=False))
-    allocated = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+    in_step = "SLURM_STEP_ID" in environ  # of one process, on some node of the job
+    allocated = int(environ.get("SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES", "1"))
     if "SLURM_JOB_ID" in environ and max(nodes, allocated) > 1:
         raise UserError(
             f"this job has {allocated} nodes and {asked}, but one process was started: put srun before it, as in "
@@ -110,6 +114,7 @@ def same_everywhere(config: Mapping[str, Any], data: str, checkpoint: Path | Non
     return {
         "code": f"fcmae {fcmae.__version__} ({_code()})",
         "torch": torch.__version__,
+        MICRO_BATCH: str(config["data"]["batch_size"]),
         "configuration": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
         "set of images": data,
         "run folder": str(Path(config["run_dir"]).resolve()),
@@ -120,6 +125,8 @@ def same_everywhere(config: Mapping[str, Any], data: str, checkpoint: Path | Non
 def _devices(options: Mapping[str, Any]) -> int:
     """Processes per node that the trainer will want."""
     devices, accelerator = options["devices"], options["accelerator"]
+    if isinstance(devices, str) and "," in devices:  # "0,1", as Lightning takes it too
+        devices = [one for one in devices.split(",") if one.strip()]
     if isinstance(devices, list):
         return len(devices)
     if str(devices) not in ("auto", "-1"):

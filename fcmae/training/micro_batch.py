@@ -124,6 +124,7 @@ def first_that_fits(sizes: list[int], fits: Callable[[int], bool], forget: Calla
 
 def _forget(module: nn.Module) -> None:
     module.zero_grad(set_to_none=True)
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

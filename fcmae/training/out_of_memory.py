@@ -45,4 +45,8 @@ def within_memory(run: Callable[[int], T], batch_size: int, *, halve: bool, say:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error means."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU's allocator, CUDA itself, and its libraries when they set up, which take memory besides torch's.
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(words in str(error) for words in (*said, "CUDNN_STATUS_ALLOC_FAILED"))

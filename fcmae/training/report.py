@@ -76,13 +76,13 @@ def already_finished(folder: RunFolder, next_command: str) -> None:
     _say_where(folder, next_command)
 
 
-def stopped(folder: RunFolder, trainer: L.Trainer, by: str) -> None:
+def stopped(
+    folder: RunFolder, trainer: L.Trainer, by: str, *, then: str = "the same command goes on from there"
+) -> None:
     """For a run that ends before its last step."""
     if trainer.is_global_zero:
         folder.journal.stopped(step=trainer.global_step, signal=by)
-    log.info(
-        "interrupted after %d steps (%s), which are saved; the same command goes on from there", trainer.global_step, by
-    )
+    log.info("interrupted after %d steps (%s), which are saved; %s", trainer.global_step, by, then)
 
 
 def _say_where(folder: RunFolder, next_command: str) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,7 @@ from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.checkpoint_io import AtomicCheckpointIO
 from fcmae.training.console import messages, open_console, quiet
 from fcmae.training.geometry import choose_precision, set_accumulation
-from fcmae.training.launching import (
-    check_launch,
-    leave_signals_to_us,
-    same_everywhere,
-)
+from fcmae.training.launching import check_launch, leave_signals_to_us, same_everywhere
 from fcmae.training.loggers import start_loggers, wandb_run_id
 from fcmae.training.micro_batch import largest_micro_batch, share_of
 from fcmae.training.module import TrainingModule
@@ -129,13 +125,12 @@ def _train(setting: Setting, make_parts: Callable[[RunFolder], Parts], agreement
     ):
         if first:
             folder.create(config, setting.overrides)
-        run_id = wandb_run_id(folder.path) if "wandb" in config["logger"] else None
+        run_id = wandb_run_id(folder.path) if first and "wandb" in config["logger"] else None
         trainer.loggers = start_loggers(setting.loggers(run_id), folder)
         for line in parts.lines:
             log.info(line)
         report.start(folder, parts.module, parts.data, trainer, checkpoint)
-        with agreement.request.held():
-            _fit(setting, folder, parts, trainer, checkpoint, ranks)
+        _fit(setting, folder, parts, trainer, checkpoint, ranks)
 
 
 def _trainer(setting: Setting, parts: Parts, folder: RunFolder, console: Console, ranks: Ranks) -> L.Trainer:
@@ -216,15 +211,17 @@ def _fit(
             trainer.validate(parts.module, datamodule=parts.data, verbose=False)  # it was stopped just before that
     except RunInterrupted as error:
         report.stopped(folder, trainer, signal.Signals(error.signum).name)
-        ranks.agreement.wait()  # a launcher may kill all ranks as soon as one of them ends
+        with suppress(RuntimeError):  # one of them is gone already; what is saved is saved
+            ranks.agreement.wait()  # a launcher may kill all ranks as soon as one of them ends
         raise SystemExit(exit_code(error.signum)) from None
     except Exception as error:
-        if ranks.lost is None:
+        if ranks.fault is None:
             raise
-        raise ranks.lost from error
+        raise ranks.fault from error
     finally:
         ranks.close()
     if trainer.global_step < steps:  # by an option such as trainer.max_time
-        report.stopped(folder, trainer, "an option of the trainer")
+        then = "with a greater trainer.max_time the same command goes on from there"
+        report.stopped(folder, trainer, "an option of the trainer", then=then)
         return
     report.end(folder, trainer, setting.next_command)

@@ -1,26 +1,26 @@
-"""What several ranks owe each other: to be set up alike, to agree before each batch, to say which of them is lost."""
+"""What several ranks owe each other: to be set up alike, to agree before each batch, to say why they end."""
 
-import logging
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from fcmae.errors import RanksLostError, UserError
+from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.training.agreement import Agreement, RunInterrupted
-from fcmae.training.heartbeats import Heartbeats, Silent, hostname
+from fcmae.training.heartbeats import LOST, Fault, Heartbeats, hostname
 from fcmae.training.journal import Journal
-from fcmae.training.launching import adopt_children
-
-log = logging.getLogger(__name__)
+from fcmae.training.launching import MICRO_BATCH, adopt_children
 
 
 class Ranks(L.Callback):
-    """Opens the ranks' agreement, compares how they were started, and finds out who is missing when one fails.
+    """Opens the ranks' agreement, compares how they were started, and finds out why one of them fails.
 
     Args:
         agreement: that batches are taken under.
@@ -29,7 +29,7 @@ class Ranks(L.Callback):
         journal: of the run.
 
     Attributes:
-        lost: what to say of ranks that were found missing; None if none was.
+        fault: what to say when the run ends because of other ranks; None if it does not.
     """
 
     def __init__(
@@ -39,11 +39,13 @@ class Ranks(L.Callback):
         self.facts = facts
         self.timeout = timeout
         self.journal = journal
-        self.lost: RanksLostError | None = None
+        self.fault: RanksLostError | UserError | None = None
         self._heartbeats: Heartbeats | None = None
         self._children: list[subprocess.Popen[bytes]] = []
+        self._failed = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.agreement.request.hold()
         if trainer.world_size == 1 or self._heartbeats is not None:
             return
         self._children = adopt_children(trainer)
@@ -68,27 +70,61 @@ class Ranks(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, RunInterrupted | KeyboardInterrupt | SystemExit):
             return
-        step, rank = trainer.global_step, trainer.global_rank
-        silent: list[Silent] = []
-        if self._heartbeats is not None and not isinstance(exception, UserError):
+        self._failed = True
+        rank, sure = trainer.global_rank, isinstance(exception, UserError)
+        refused = sure and not isinstance(exception, TransientError)
+        own = Fault(rank, hostname(), trainer.global_step, in_a_line(exception), refused)
+        faults, first = [own], True
+        if self._heartbeats is not None:
             ended = [rank + i for i, child in enumerate(self._children, start=1) if child.poll() is not None]
-            silent = [self._heartbeats.of(one) for one in ended] or self._heartbeats.silent()
-        if not silent:
-            self.journal.failed(step=step, rank=rank, host=hostname(), error=str(exception).splitlines()[0])
-            return
-        told = f"{', '.join(map(str, silent))} no longer answers: killed, stopped, or out of reach"
-        self.lost = RanksLostError(f"{told}; rank {rank} on {hostname()} ends at step {step}")
-        if rank == min({*range(trainer.world_size)} - {one.rank for one in silent}):
-            for one in silent:
-                self.journal.failed(step=one.step, rank=one.rank, host=one.host, error="no longer answers")
+            faults, first = self._heartbeats.judge(own, sure=sure, ended=ended)
+        if first:
+            self._note(faults, rank)
+        if not sure and rank not in [fault.rank for fault in faults]:
+            self.fault = _told(faults, f"rank {rank} on {hostname()} ends at step {trainer.global_step}")
+        if self._heartbeats is not None:
+            self._heartbeats.linger()
+        if self.fault is not None and trainer.strategy.root_device.type == "cuda":
+            self._leave(self.fault)  # what ends in order waits for the device, which waits for the ranks that are gone
 
     def close(self) -> None:
         """Ends what runs in the background."""
         if self._heartbeats is not None:
             self._heartbeats.stop()
-        if self.lost is not None:
-            for child in self._children:  # one that is stopped would stay for ever
+        if self._failed:
+            self._end_children(10)
+
+    def _note(self, faults: list[Fault], rank: int) -> None:
+        if faults[0].rank == 0 != rank:  # the store is gone with rank 0, and nobody knows who else writes this
+            time.sleep(min(rank, 50) / 10)
+            last = (self.journal.read() or [{}])[-1]
+            if (last.get("event"), last.get("rank")) == ("failed", 0):
+                return
+        for fault in faults:
+            self.journal.failed(step=fault.step, rank=fault.rank, host=fault.host, error=fault.error)
+
+    def _end_children(self, seconds: float) -> None:
+        """Gives them time to end by themselves; one that is stopped would stay for ever."""
+        until = time.monotonic() + seconds
+        for child in self._children:
+            try:
+                child.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
                 child.kill()
+
+    def _leave(self, error: Exception) -> NoReturn:
+        print(f"fcmae: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        self._end_children(3)
+        os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def _told(faults: list[Fault], end: str) -> RanksLostError | UserError:
+    if faults[0].error == LOST:
+        who = ", ".join(f"rank {one.rank} on {one.host} (last heard of at step {one.step})" for one in faults)
+        return RanksLostError(f"{who} {LOST}: killed, stopped, or out of reach; {end}")
+    fault = faults[0]
+    told = f"rank {fault.rank} on {fault.host} failed at step {fault.step}: {fault.error}"
+    return UserError(told) if fault.refused else RanksLostError(f"{told}; {end}")
 
 
 def set_timeout(timeout: timedelta) -> None:
@@ -112,7 +148,10 @@ def check_same(everywhere: list[tuple[str, dict[str, str]]]) -> None:
     for rank, (other, facts) in enumerate(everywhere):
         for name, value in wanted.items():
             if facts.get(name) != value:
+                fix = "start all ranks from one installation, with one command, on a file system that all of them see"
+                if name == MICRO_BATCH:
+                    fix = "give it the smaller number instead of auto"
                 raise UserError(
                     f"rank {rank} on {other} has another {name} than rank 0 on {host}: {facts.get(name)}, not {value}; "
-                    "start all ranks from one installation, with one command, on a file system that all of them see"
+                    f"{fix}"
                 )
