@@ -62,35 +62,18 @@ def supervise(arguments: list[str], signals: Signals) -> int:
 
 
 def _compose(verb: str, overrides: list[str]) -> dict[str, Any]:
-    """The configuration of a command line, without what is Hydra's own."""
+    """The configuration of a command line."""
     # These take a while, in which signals are noted already.
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf
 
-    from fcmae import launch
-    from fcmae.config_check import mandatory
+    from fcmae.launch import compose
 
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             raise UserError(f"{override!r} is not key=value; options of sbatch stand before the script")
-    folder = launch.config_folder()
-    sys.argv[1:] = launch.normalize(overrides, verb, folder)  # as in an entry point, for the messages below
-    try:
-        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            config = hydra.compose(verb, overrides=sys.argv[1:], return_hydra_config=True)
-            HydraConfig.instance().set_config(config)
-            with open_dict(config):
-                del config["hydra"]
-        mandatory(config, folder)
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except MissingConfigException as error:
-        raise UserError(launch._unknown_choice(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(launch._unknown_key(error, verb, folder)) from None
+    config = compose(verb, overrides)
     _check_folder(OmegaConf.to_container(config, resolve=False))
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return plain
 
 

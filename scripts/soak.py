@@ -1,13 +1,23 @@
 """Kills and signals one run again and again, and compares its end with a run that nothing disturbed.
 
-python scripts/soak.py FOLDER [--disturbances 50] [--seed 0]
+python scripts/soak.py FOLDER [--disturbances 50] [--epochs 40] [--seed 0]
 
-Two ranks on the CPU train a small network on the embedded digits. At random moments, while they start, train, validate
-or save, one rank or all of them get SIGTERM, SIGUSR1, SIGINT or SIGKILL, or one is stopped (SIGSTOP). After each, the
-same command is typed again. FOLDER/soak.json says what happened. Exit code 1: something was lost.
+Two ranks on the CPU train a small network on the embedded digits, with a checkpoint every 20 steps. At random moments,
+one in five of them while they still start, one rank or both get SIGTERM, SIGUSR1, SIGINT or SIGKILL, or one is stopped
+(SIGSTOP). After each, the same command is typed again. What must be true:
+
+- each start ends with the exit code and the journal's lines that belong to what was done to it, within two minutes, and
+  leaves no process behind;
+- the next one goes on at the very step at which a signal stopped the run, or no earlier than at the last checkpoint
+  that the journal knew when the run was killed;
+- in the end weights, moments, schedule and validation equal, bit for bit, those of the same command, undisturbed. So
+  every step saw the same images as there: one that is left out or comes twice would move the weights.
+
+Linux only (/proc). FOLDER/soak.json says what happened; exit code 1: something of the above is not true.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -16,138 +26,151 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
+from soak_checks import KINDS, SAVE_EVERY, Disturbance, differences, judge, lost
 
 from fcmae.training.journal import Journal
 
-SAVE_EVERY = 100
 OPTIONS = [
-    *(
-        "+model=custom",
-        "model.depths=[1,1,1,1]",
-        "model.dims=[8,8,16,16]",
-        "model.decoder_dim=16",
-        "data.image_size=64",
-    ),
-    *("data.batch_size=4", "data.num_workers=1", "pictures=0", "model.drop_path_rate=0.1", "rank_timeout=10"),
-    *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"save.every_n_steps={SAVE_EVERY}"),
+    *("+model=custom", "model.depths=[1,1,1,1]", "model.dims=[8,8,16,16]", "model.decoder_dim=16"),
+    *("model.drop_path_rate=0.1", "data.image_size=64", "data.batch_size=4", "data.num_workers=1", "pictures=0"),
+    *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "rank_timeout=10"),
+    f"save.every_n_steps={SAVE_EVERY}",
 ]
-KINDS = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP"]
-GOOD_ENDS = {  # exit codes of the first rank, by what was sent to which
-    "SIGTERM": {75},
-    "SIGUSR1": {75},
-    "SIGINT": {130},
-    "SIGKILL": {1, -signal.SIGKILL},
-    "SIGSTOP": {1},
-}
+LONGEST = 120  # seconds that a start may take to begin, and to end
 
 
-def start(run: Path, epochs: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "fcmae.pretrain", *OPTIONS, f"epochs={epochs}", f"run_dir={run}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+class Run:
+    """A run of two ranks, started again and again.
+
+    Args:
+        folder: of the run; its output goes to `<folder>.log`.
+        epochs: of its training.
+    """
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        self.journal = Journal(folder / "journal.jsonl")
+        self.command = [sys.executable, "-m", "fcmae.pretrain", *OPTIONS, f"epochs={epochs}", f"run_dir={folder}"]
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator["subprocess.Popen[bytes]"]:
+        """Types the command; whatever is left of it afterwards is killed."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(self.command, env=environment, stderr=log, stdout=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def undisturbed(self) -> Iterator[str]:
+        """Lets it go on to its end; what is wrong about that."""
+        with self.start() as process:
+            code = process.wait(timeout=7200)
+        ends = [entry["event"] for entry in self.journal.read()][-1:]
+        if code or ends != ["finished"]:
+            yield f"a start that was left alone ended with {code}, see {self.log}"
 
 
-def ranks(first: int, run: Path) -> list[int]:
+def ranks(first: int) -> list[int]:
     """The processes of the ranks, the first one first; those that read images are not among them."""
     found = [first]
-    for pid in children(first):
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if Path(f"/proc/{pid}").exists() else []
-        if b"LOCAL_RANK=1" in words:
-            found.append(pid)
+    with contextlib.suppress(OSError):  # one that has just ended
+        for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                found.append(int(child))
     return found
 
 
-def children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def takes_signals(process: int) -> bool:
+    """Whether a process has a handler for SIGTERM, which Python does not bring along, unlike that for SIGINT."""
+    with contextlib.suppress(OSError):
+        handled = Path(f"/proc/{process}/status").read_text().split("SigCgt:")[1].split()[0]
+        return bool(int(handled, 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
-def disturb(process: "subprocess.Popen[bytes]", run: Path, kind: str, whom: str) -> None:
+def disturb(first: int, kind: str, whom: str) -> Disturbance:
+    """Sends a signal to the first rank, the last one, or all of the run's processes."""
+    alive, signum = ranks(first), getattr(signal, kind)
+    hit = {"first": [0], "last": [len(alive) - 1], "all": list(range(len(alive)))}[whom]
+    done = Disturbance(kind, hit, ready=all(takes_signals(alive[rank]) for rank in hit))
     if whom == "all":
-        os.killpg(process.pid, getattr(signal, kind))
-        return
-    alive = ranks(process.pid, run)
-    os.kill(alive[-1] if whom == "last" else alive[0], getattr(signal, kind))
+        os.killpg(first, signum)
+    else:
+        os.kill(alive[hit[0]], signum)
+    return done
 
 
-def end(process: "subprocess.Popen[bytes]") -> int:
-    """Waits for the first rank, then for whatever it has started."""
-    code = process.wait(timeout=120)
-    until = time.monotonic() + 60
+def ended(process: "subprocess.Popen[bytes]") -> int:
+    """Waits for the first rank and for whatever it has started."""
+    code, until = process.wait(timeout=LONGEST), time.monotonic() + LONGEST
     while time.monotonic() < until:
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
             return code
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    raise AssertionError(f"a process outlived its run by a minute, which ended with {code}")
+    raise TimeoutError(f"a process outlived the run, which ended with {code}")
 
 
-def soak(folder: Path, *, disturbances: int, epochs: int, seed: int) -> dict[str, Any]:
-    numbers, run, journal = random.Random(seed), folder / "disturbed", Journal(folder / "disturbed" / "journal.jsonl")
-    events: list[dict[str, Any]] = []
-    for number in range(disturbances):
-        kind = numbers.choice(KINDS)
-        # An interrupt comes from a terminal to all; who is stopped must be seen by another one.
-        whom = {"SIGINT": "all", "SIGSTOP": "last"}.get(kind) or numbers.choice(["first", "last", "all"])
-        lines, process = len(journal.read()), start(run, epochs)
-        early = numbers.random() < 0.2
-        if early and kind != "SIGSTOP":  # while it imports, connects, reads its checkpoint
-            delay = numbers.uniform(0.1, 6)
-        else:
-            while not any(entry["event"] == "started" for entry in journal.read()[lines:]):
-                assert process.poll() is None, f"start {number} failed, see {run}.log"
-                time.sleep(0.05)
-            delay = numbers.uniform(2, 8)
-        time.sleep(delay)
+def one(run: Run, numbers: random.Random, usual: float) -> tuple[Disturbance, float]:
+    """Starts the run and disturbs it; returns how many seconds such a run takes until it trains, too.
+
+    Args:
+        run: to start.
+        numbers: to draw from.
+        usual: seconds that it took before.
+
+    Raises:
+        TimeoutError: it does not begin, or does not end.
+    """
+    kind = numbers.choice(KINDS)
+    # An interrupt comes from a terminal to all; who is stopped must be missed by another one, which trains.
+    whom = {"SIGINT": "all", "SIGSTOP": "last"}.get(kind) or numbers.choice(["first", "last", "all"])
+    early = kind != "SIGSTOP" and numbers.random() < 0.2
+    before, begun = len(run.journal.read()), time.monotonic()
+    with run.start() as process:
+        while not early and not any(entry["event"] == "started" for entry in run.journal.read()[before:]):
+            if process.poll() is not None or time.monotonic() > begun + LONGEST:
+                raise TimeoutError(f"it does not begin to train, exit code {process.returncode}")
+            time.sleep(0.02)
+        usual = usual if early else time.monotonic() - begun
+        time.sleep(numbers.uniform(0.1, usual if early else 4))
         if process.poll() is not None:
-            break  # finished
-        disturb(process, run, kind, whom)
-        code = end(process)
-        now = journal.read()[lines:]
-        began = [entry["step"] for entry in now if entry["event"] == "started"]
-        event = {"kind": kind, "whom": whom, "code": code, "started": began[0] if began else None}
-        event["stopped"] = next((entry["step"] for entry in now if entry["event"] == "stopped"), None)
-        event["saved"] = max((entry["step"] for entry in now if entry["event"] == "saved"), default=None)
-        events.append(event)
-        print(f"{number + 1}/{disturbances}", json.dumps(event), flush=True)
-        assert code in GOOD_ENDS[kind] or not began, event
-    process = start(run, epochs)
-    assert process.wait(timeout=3600) == 0, f"the last start failed, see {run}.log"
-    return {"disturbances": events, "lost": list(lost(journal.read()))}
+            raise TimeoutError(f"it ended by itself with {process.returncode}; if it has finished, give more --epochs")
+        done = disturb(process.pid, kind, whom)
+        done.code = ended(process)
+    entries = [(entry["event"], entry["step"]) for entry in run.journal.read()[before:]]
+    done.journal = [
+        pair for n, pair in enumerate(entries) if pair[0] != "saved" or ("saved" not in dict(entries[n + 1 :]))
+    ]
+    done.wrong += judge(done)
+    return done, usual
 
 
-def lost(entries: list[dict[str, Any]]) -> Any:
-    """Starts that did not begin where the one before them had saved."""
-    saved = 0
-    for entry in entries:
-        if entry["event"] == "started" and entry["step"] != saved:
-            yield {"saved": saved, **entry}
-        if entry["event"] in ("saved", "stopped"):
-            saved = entry["step"]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    mine, its = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other))
-    moments, their_moments = (flat(checkpoint["optimizer_states"][0]["state"]) for checkpoint in (mine, its))
-    return (
-        mine["state_dict"].keys() == its["state_dict"].keys()
-        and moments.keys() == their_moments.keys()
-        and all(torch.equal(value, its["state_dict"][name]) for name, value in mine["state_dict"].items())
-        and all(torch.equal(value, their_moments[name]) for name, value in moments.items())
-    )
-
-
-def flat(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+def soak(run: Run, *, disturbances: int, seed: int) -> tuple[list[Disturbance], list[str]]:
+    """Disturbs a run so many times, and lets it finish; returns what was done, and what was wrong."""
+    numbers, usual = random.Random(seed), 10.0
+    events: list[Disturbance] = []
+    wrong: list[str] = []
+    for number in range(1, disturbances + 1):
+        try:
+            done, usual = one(run, numbers, usual)
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            wrong.append(f"start {number} of {disturbances}: {error}, see {run.log}")
+            break
+        events.append(done)
+        print(f"{number}/{disturbances}", json.dumps(asdict(done)), flush=True)
+        wrong += [f"start {number}, {done.kind}: {what}" for what in done.wrong]
+    return events, [*wrong, *run.undisturbed(), *lost(run.journal.read())]
 
 
 def main() -> None:
@@ -159,18 +182,20 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     begun = time.monotonic()
-    result = soak(arguments.folder, disturbances=arguments.disturbances, epochs=arguments.epochs, seed=arguments.seed)
-    reference = start(arguments.folder / "reference", arguments.epochs)
-    assert reference.wait(timeout=3600) == 0
-    result["same_weights"] = same_weights(arguments.folder / "disturbed", arguments.folder / "reference")
-    result["minutes"] = round((time.monotonic() - begun) / 60, 1)
-    kinds = Counter(event["kind"] for event in result["disturbances"])
+    run, reference = (Run(arguments.folder / name, arguments.epochs) for name in ("disturbed", "reference"))
+    events, wrong = soak(run, disturbances=arguments.disturbances, seed=arguments.seed)
+    wrong += reference.undisturbed()
+    if all((one.folder / "summary.json").is_file() for one in (run, reference)):
+        wrong += differences(run.folder, reference.folder)
+    minutes = round((time.monotonic() - begun) / 60, 1)
+    result = {"disturbances": [asdict(event) for event in events], "wrong": wrong, "minutes": minutes}
     (arguments.folder / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    early = sum("started" not in dict(event.journal) for event in events)
     print(
-        f"{len(result['disturbances'])} disturbances {dict(kinds)}, {len(result['lost'])} starts from another step than"
+        f"{len(events)} disturbances {dict(Counter(event.kind for event in events))}, {early} before the training began"
     )
-    print(f"was saved; weights and moments equal to those of an undisturbed run: {result['same_weights']}")
-    sys.exit(bool(result["lost"]) or not result["same_weights"])
+    print("\n".join(wrong) or f"all as in the undisturbed run, bit for bit; {minutes} minutes")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

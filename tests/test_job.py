@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,12 +33,16 @@ for ((i = 0; i < 300 && ${WAIT:-0} && ! ${STOP:-0}; i++)); do sleep 0.1; done
 exit "${CODE:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
-[[ $* == "show hostnames"* ]] && printf 'n1\\nn2\\n'
+[[ $* == "show hostnames"* ]] && { [[ -z ${NAMELESS:-} ]] || { echo "$NAMELESS" >&2; exit 1; }; printf 'n1\\nn2\\n'; }
 [[ $* == "show job"* ]] && echo "JobId=42 JobState=${STATE:-RUNNING} Reason=${REASON:-None} Restarts=${RESTARTS:-0}"
 [[ $1 == requeue ]] && { echo "$*" >>requeued; [[ -z ${DENIED:-} ]] || { echo "$DENIED" >&2; exit 1; }; }
 exit 0
 """
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+NAMELESS = (
+    "the names of the job's nodes are not to be had, {}: see that SLURM's commands work in the batch script, as "
+    "`scontrol show hostnames` does on a login node"
+)
 STARTED = '{"event": "started", "step": 0, "job": "42"}'
 
 
@@ -150,6 +155,7 @@ def test_tasks_count_on_cpus_of_a_job_with_gpus() -> None:
             "run_name=${now:%H} is another folder after each requeue: use ${oc.env:SLURM_JOB_ID} instead of the time",
         ),
         ([], {"FCMAE_MAX_CRASHES": "many"}, "FCMAE_MAX_CRASHES=many must be a whole number from 1"),
+        ([], {"NAMELESS": "scontrol: error: no slurm.conf"}, NAMELESS.format("scontrol: error: no slurm.conf")),
         ([], {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "REFUSAL": "no images", "CODE": "137"}, None),
     ],
 )
@@ -164,6 +170,13 @@ def test_mistakes_are_one_line_and_no_requeue(
         assert lines == [f"fcmae: {told}"]
     assert not requeues(folder)
     assert not list(folder.glob("run.job*"))
+
+
+def test_a_job_without_slurms_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    told = NAMELESS.format("scontrol cannot be run: No such file or directory")
+    with pytest.raises(UserError, match=re.escape(told)):
+        Allocation.of(ALLOCATED).environment(ALLOCATED)
 
 
 def test_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +213,17 @@ def test_a_stop_is_no_crash_even_if_srun_says_so(folder: Path) -> None:
     code, lines = job(folder, CODE="143", SLURM_RESTART_COUNT="1", RESTARTS="1", FCMAE_MAX_CRASHES="1")
     assert (code, requeues(folder)) == (143, 1), "the stop before is not this start's"
     assert "crashes: 1" in lines[-1]
+
+
+def test_a_run_that_ends_itself_before_its_last_step_is_not_done(folder: Path) -> None:
+    """As trainer.max_time makes it: its exit code is 0, and the same command would end at once."""
+    stopped = '{"event": "stopped", "step": 7, "signal": "an option of the trainer"}'
+    code, lines = job(folder, JOURNAL=f"{STARTED}\n{stopped}")
+    assert (code, requeues(folder)) == (0, 0)
+    assert "run: not done: an option of the trainer ended the run at step 7, which is saved" in lines[-1]
+    code, lines = job(folder, JOURNAL=f'{STARTED}\n{{"event": "finished", "step": 9}}')
+    assert (code, requeues(folder)) == (0, 0)
+    assert lines[-1].endswith("run: done; starts: 1, preemptions: 0, crashes: 0"), "the stop is an earlier start's"
 
 
 def test_stops_with_nothing_saved_are_bounded_too(folder: Path) -> None:

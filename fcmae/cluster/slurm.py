@@ -100,12 +100,21 @@ class Allocation:
         ]
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Variables for srun: those of the batch script, and where the ranks find each other."""
-        hosts = _scontrol("show", "hostnames", environ["SLURM_JOB_NODELIST"]).stdout.split()
+        """Variables for srun: those of the batch script, and where the ranks find each other.
+
+        Raises:
+            UserError: SLURM does not name the nodes.
+        """
+        asked = _scontrol("show", "hostnames", environ["SLURM_JOB_NODELIST"])
+        if asked.returncode or not asked.stdout.split():
+            raise UserError(
+                f"the names of the job's nodes are not to be had, {_complaint(asked)}: see that SLURM's commands work "
+                "in the batch script, as `scontrol show hostnames` does on a login node"
+            )
         # Below those that systems hand out themselves; another one for each start, as the last may still be held.
         port = 10000 + (int(self.job) + 1009 * self.restarts) % 20000
         kept = {name: value for name, value in environ.items() if name not in _NOT_FOR_SRUN}
-        return {**kept, "MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)}
+        return {**kept, "MASTER_ADDR": asked.stdout.split()[0], "MASTER_PORT": str(port)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +148,16 @@ def requeue(job: str) -> str:
     A job that is being cancelled would come to life again: ask for its state before.
     """
     done = _scontrol("requeue", job)
-    return "" if done.returncode == 0 else " ".join(done.stderr.split()) or f"scontrol exits with {done.returncode}"
+    return "" if done.returncode == 0 else _complaint(done)
 
 
 def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = ["scontrol", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, stdout="", stderr=f"scontrol cannot be run: {error.strerror}")
+
+
+def _complaint(done: "subprocess.CompletedProcess[str]") -> str:
+    return " ".join(done.stderr.split()) or f"scontrol exits with {done.returncode}"

@@ -112,8 +112,9 @@ class Job:
 
     def _conclude(self, tally: Tally, code: int, news: list[dict[str, Any]], signals: Signals) -> int:
         refused = self._beside("refused")
+        stops = [entry["signal"] for entry in news if entry["event"] == "stopped"]
         if code == 0:
-            return self._end(f"done; {tally}", 0)
+            return self._end(f"{_not_done(news)}; {tally}" if stops else f"done; {tally}", 0)
         if code == REFUSED or refused.is_file():
             why = refused.read_text(encoding="utf-8").strip() if refused.is_file() else "see above"
             return self._end(f"refused, so it is not requeued: {why}", REFUSED)
@@ -126,7 +127,6 @@ class Job:
         if state.name != "RUNNING" and not late and not requeued:
             return self._end("SLURM ends the job, so it is not requeued; the same sbatch line goes on", STOPPED)
 
-        stops = [entry["signal"] for entry in news if entry["event"] == "stopped"]
         by = "the time limit" if late else next(iter([*stops, *(one.name for one in signals.seen)]), "SLURM")
         stopped = bool(stops or signals.seen or late or requeued or code == STOPPED)
         tally.end(crashed=not stopped, step=self._step())
@@ -171,6 +171,15 @@ class Job:
 def say(line: str) -> None:
     """Adds a line to the job's log, among those of srun and the run."""
     print(f"fcmae.job {time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _not_done(news: list[dict[str, Any]]) -> str:
+    """Of a run that ended well, but before its last step."""
+    stop = [entry for entry in news if entry["event"] == "stopped"][-1]
+    return (
+        f"not done: {stop['signal']} ended the run at step {stop['step']}, which is saved, and would again; raise it "
+        "(trainer.max_time) in the same sbatch line to go on"
+    )
 
 
 def _blame(news: list[dict[str, Any]]) -> str:
