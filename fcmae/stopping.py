@@ -102,7 +102,10 @@ def watching() -> Iterator[StopRequest]:
     """Takes the signals, if that is not done yet, and gives them back in the end."""
     earlier = signal.getsignal(signal.SIGTERM)
     if isinstance(earlier, StopRequest):
-        yield earlier
+        try:
+            yield earlier
+        finally:
+            earlier.signum = 0  # obeyed; another run of this process, as in a sweep, has not been asked
         return
     previous = _take_signals()
     request = signal.getsignal(signal.SIGTERM)
@@ -145,7 +148,7 @@ def _listen(request: StopRequest) -> None:
         while True:
             signum = os.read(told, 1)[0]
             time.sleep(5)
-            if signum in _signums() and request.unheard():
+            if signum in _signums() and signal.getsignal(signum) is request and request.unheard():
                 _say_goodbye(signum)
                 os._exit(exit_code(signum))
 

@@ -72,13 +72,14 @@ def typed(folder: Path, *words: str) -> Iterator[tuple[io.StringIO, io.StringIO]
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        interrupt = signal.getsignal(signal.SIGINT)
+        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         os.chdir(folder)
         try:
             yield out, err
         finally:
             os.chdir(directory)
-            signal.signal(signal.SIGINT, interrupt)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
             for handler in set(root.handlers) - set(handlers):
                 handler.close()
             root.handlers[:], root.level = handlers, level

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import signal
 import shlex
 import shutil
 import sys
@@ -53,7 +54,13 @@ def run(command: list[str], folder: Path) -> None:
     if "experiment=fcmae" in arguments:
         arguments += ["effective_batch=4", "data.image_size=96"]
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:  # which a process of its own would keep to its end
+        signal.set_wakeup_fd(-1)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @pytest.fixture

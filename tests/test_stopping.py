@@ -242,6 +242,16 @@ def test_waiting_ends_with_a_request_and_not_without() -> None:
         request.wait_for(iter([1]))
 
 
+def test_another_run_of_the_same_process_is_not_asked_again() -> None:
+    with watching() as request:
+        with watching() as first:
+            assert first is request
+            first.hold()
+            first(signal.SIGTERM, None)
+        with watching() as second:
+            assert second.wait_for(iter([1])) == 1
+
+
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with watching() as request, watching() as same:
