@@ -23,4 +23,8 @@ class RanksLostError(RuntimeError):
 
 def in_a_line(error: BaseException) -> str:
     """What an error says, cut to its first line; its name if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if lines[0].startswith("Caught ") and " in DataLoader worker process " in lines[0]:
+        # With a worker's traceback around it, whose last line is `fcmae.errors.UserError: message`.
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return lines[0]

@@ -52,7 +52,8 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(path)
             sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that fails; what it failed at is told already
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

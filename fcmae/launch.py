@@ -37,9 +37,9 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
             check_config(config, known=_keys(folder / f"{verb}.yaml"))
             task(config)
         except (TransientError, RanksLostError) as error:
-            _fail(str(error), code=1)
+            _fail(in_a_line(error), code=1)
         except UserError as error:
-            _fail(str(error))
+            _fail(in_a_line(error))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
@@ -55,7 +55,7 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
         print("fcmae: interrupted", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
     except UserError as error:
-        _fail(str(error))
+        _fail(in_a_line(error))
 
 
 def compose(verb: str, arguments: list[str]) -> DictConfig:
@@ -205,10 +205,10 @@ def _all_keys(verb: str, folder: Path, without: str) -> list[str]:
     return walk(OmegaConf.to_container(config, resolve=False), "")[1:]
 
 
-def _fail(message: str, *, code: int = 2) -> NoReturn:
-    # An error of a data loader's worker arrives with the worker's traceback around it; its last line is the message.
-    line = re.sub(r"^fcmae\.errors\.\w+: ", "", message.strip().splitlines()[-1])
-    if code == 2 and os.environ.get("FCMAE_REFUSED"):  # a job's supervisor wants to know why it need not try again
-        write_text(Path(os.environ["FCMAE_REFUSED"]), f"{line}\n")
+def _fail(line: str, *, code: int = 2) -> NoReturn:
     print(f"fcmae: {line}", file=sys.stderr)  # noqa: T201
+    refused = Path(os.environ.get("FCMAE_REFUSED") or os.devnull)
+    if code == 2 and not refused.exists():  # a job's supervisor wants to know why it need not try again
+        with contextlib.suppress(UserError, OSError):  # the disk may be what is full
+            write_text(refused, f"{line}\n")
     raise SystemExit(code)

@@ -36,21 +36,26 @@ class StopRequest:
 
     Args:
         held: note signals only, from the beginning: by a process that another rank has started and will wait for.
+        whole_process: is what the request is about, and not a call from somebody's program.
 
     Attributes:
         signum: the signal that asks for the stop; 0 for none.
         training: whether there is something to lose.
     """
 
-    def __init__(self, *, held: bool = False) -> None:
+    def __init__(self, *, held: bool = False, whole_process: bool = False) -> None:
         self.signum = 0
         self.training = False
-        self._held = held
+        self._whole_process = whole_process
+        self._held_before = self._held = held
         self._waiting = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         impatient = self.signum == signum == signal.SIGINT
         self.signum = self.signum or signum
+        if impatient and self._whole_process:  # an exception would have Lightning clear up, which may take for ever
+            print("fcmae: interrupted twice; the same command goes on from what is saved", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(exit_code(signum))
         if impatient:
             raise KeyboardInterrupt
         if not self._held:
@@ -63,6 +68,10 @@ class StopRequest:
     def hold(self) -> None:
         """From here on signals are only noted: whoever trains asks, and ends where nothing is lost."""
         self._held = self.training = True
+
+    def release(self) -> None:
+        """The training is over, and what was asked is done: another run of the process, as in a sweep, begins anew."""
+        self.signum, self.training, self._held = 0, False, self._held_before
 
     def unheard(self) -> bool:
         """Whether a signal that came would end the process, had the main thread noticed it."""
@@ -91,7 +100,7 @@ def watch() -> None:
     that is gone, as after a lost rank, is forty lines long, and hides who was lost.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    _take_signals()
+    _take_signals(whole_process=True)
     request = signal.getsignal(signal.SIGTERM)
     if isinstance(request, StopRequest) and os.name == "posix":
         (_follow if _by_first_rank() else _listen)(request)
@@ -105,7 +114,7 @@ def watching() -> Iterator[StopRequest]:
         try:
             yield earlier
         finally:
-            earlier.signum = 0  # obeyed; another run of this process, as in a sweep, has not been asked
+            earlier.release()
         return
     previous = _take_signals()
     request = signal.getsignal(signal.SIGTERM)
@@ -113,14 +122,15 @@ def watching() -> Iterator[StopRequest]:
         yield request if isinstance(request, StopRequest) else StopRequest()
     finally:
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            if handler is not None:  # one that is not Python's cannot be given back
+                signal.signal(signum, handler)
 
 
-def _take_signals() -> dict[int, Any]:
+def _take_signals(*, whole_process: bool = False) -> dict[int, Any]:
     """Returns who had them before; in other threads than the main one, which cannot take signals, nothing happens."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    request = StopRequest(held=_by_first_rank())
+    request = StopRequest(held=_by_first_rank(), whole_process=whole_process)
     return {signum: signal.signal(signum, request) for signum in _signums()}
 
 
@@ -147,8 +157,10 @@ def _listen(request: StopRequest) -> None:
     def listen() -> None:
         while True:
             signum = os.read(told, 1)[0]
+            if signum not in _signums():  # a child that has ended
+                continue
             time.sleep(5)
-            if signum in _signums() and signal.getsignal(signum) is request and request.unheard():
+            if signal.getsignal(signum) is request and request.unheard():
                 _say_goodbye(signum)
                 os._exit(exit_code(signum))
 

@@ -1,5 +1,8 @@
 """Which sample comes when: every one once per pass, in an order of its own, whatever the geometry and the stops."""
 
+import multiprocessing
+import os
+import signal
 import time
 from collections import Counter
 from itertools import pairwise
@@ -20,6 +23,7 @@ from fcmae.data.randomness import mix_seed
 from fcmae.data.sampler import EpochSampler, Order, ShardOrder
 from fcmae.data.sharded import Places, ShardedDataModule
 from fcmae.data.watch import WatchedLoader
+from fcmae.errors import TransientError
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -270,6 +274,21 @@ def test_the_picture_at_which_a_worker_stops_is_named(what, message, tmp_path):
         list(loader)
     for worker in getattr(loader._iterator, "_workers", []):
         worker.kill()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the workers killed here
+def test_a_worker_that_dies_during_a_step_is_told_when_the_next_batch_is_asked_for(tmp_path):
+    """torch's handler would raise in the midst of the step."""
+    write_images(tmp_path, 30)
+    data = folder_data(tmp_path, num_workers=2)
+    data.batch_size = 2
+    batches = iter(data._loader(data.dataset(range(30), train=False), [(0, n) for n in range(30)], pictures=1))
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(1)  # a step
+    with pytest.raises(TransientError, match="a process that reads images died while it read"):
+        next(batches)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import re
 import runpy
-import signal
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any

@@ -242,6 +242,33 @@ def test_waiting_ends_with_a_request_and_not_without() -> None:
         request.wait_for(iter([1]))
 
 
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path, images: Path) -> None:
+    journal = Journal(tmp_path / "run" / "journal.jsonl")
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time\n"
+        "from fcmae.stopping import watch\n"
+        "watch()\n"
+        "from fcmae import launch\n"
+        "from fcmae.pretrain import pretrain\n"
+        "from fcmae.training.pretraining import PretrainModule\n"
+        "PretrainModule.training_step = lambda self, batch, index: time.sleep(100)\n"
+        "launch.run('pretrain', pretrain)\n"
+    )
+    words = [*MICRO, f"data.path={images}", f"run_dir={tmp_path / 'run'}", "data.num_workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, script, *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: any(entry["event"] == "started" for entry in journal.read()))
+    time.sleep(1)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "fcmae: interrupted twice; the same command goes on from what is saved"
+
+
 def test_another_run_of_the_same_process_is_not_asked_again() -> None:
     with watching() as request:
         with watching() as first:

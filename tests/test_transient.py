@@ -1,12 +1,14 @@
 """What may pass by itself is told from what a user must mend: a job tries only the former again."""
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from micro import pretrain
 
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.patience import insist
@@ -14,6 +16,7 @@ from fcmae.data.remote import RemoteCache
 from fcmae.data.shard_list import open_shard
 from fcmae.data.webdataset import Shard
 from fcmae.errors import TransientError, UserError
+from fcmae.files import write_text
 
 
 class Unreadable:
@@ -92,3 +95,27 @@ def test_a_hub_that_answers_with_an_error(status: int, passes: bool, monkeypatch
     with pytest.raises(UserError, match=str(status)) as told:
         _check_hub("me/pictures", None)
     assert isinstance(told.value, TransientError) == passes
+
+
+def test_what_a_refusal_is_told_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk, which is what the refusal may be about."""
+    monkeypatch.setenv("FCMAE_REFUSED", str(tmp_path / "nowhere" / "refused"))
+    assert pretrain(tmp_path, "epochz=3").error.startswith("epochz is not an option")
+
+
+def test_the_first_refusal_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks tell it too, from hearsay."""
+    monkeypatch.setenv("FCMAE_REFUSED", str(tmp_path / "refused"))
+    for option in ("epochz=3", "sead=3"):
+        assert pretrain(tmp_path, option).code == 2
+    assert (tmp_path / "refused").read_text().startswith("epochz is not an option")
+
+
+def test_a_file_system_that_fails_at_clearing_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "unlink", stale)
+    monkeypatch.setattr(Path, "replace", stale)
+    with pytest.raises(TransientError, match=r"cannot write .*: Stale file handle; see whether its disk or server"):
+        write_text(tmp_path / "a", "text")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
@@ -95,7 +96,9 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # Windows has no SIGUSR1
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    run = multiprocessing.parent_process()
+    run, told = multiprocessing.parent_process(), sys.excepthook
+    # A signal may end the run's waiting in the midst of a batch, which the thread that hands it over need not tell.
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, EOFError | ConnectionError) else told(kind, *rest)
     if hasattr(signal, "sigtimedwait") and run is not None:  # neither Windows nor macOS has it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for, args=(run,), daemon=True).start()

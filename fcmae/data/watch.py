@@ -1,7 +1,11 @@
 """What the processes of a loader are reading: when one dies or hangs, the picture that it did so at has a name."""
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -62,9 +66,13 @@ class WatchedLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches: Any = super().__iter__()
+        deaths = _Deaths.watched()
         for number in itertools.count(1):
             try:
-                batch = self.gate.fetch(batches)
+                with deaths.heard():
+                    if self._dead(batches):
+                        raise RuntimeError("they died since the last batch")
+                    batch = self.gate.fetch(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch of a worker that is gone
@@ -74,12 +82,15 @@ class WatchedLoader(DataLoader[Batch]):
                 raise TransientError(reason) from error
             yield batch._replace(surplus=True) if self.surplus and number == len(self) else batch
 
+    def _dead(self, batches: Any) -> list[int]:
+        """Workers that should live, by number."""
+        workers = getattr(batches, "_workers", [])
+        return [number for number, worker in enumerate(workers) if not worker.is_alive()]
+
     def _reason(self, batches: Any, message: str) -> str | None:
         """What happened to the workers, if that is it."""
-        workers = getattr(batches, "_workers", [])
-        names = [self._reading.name(number) or "nothing yet" for number in range(len(workers))]
-        dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
-        if dead:
+        names = [self._reading.name(number) or "nothing yet" for number in range(self.num_workers)]
+        if dead := self._dead(batches):
             return (
                 f"a process that reads images died while it read {', '.join(names[number] for number in dead)}: the "
                 "machine may be out of memory (lower data.num_workers), or the file crashes its decoder (leave it out)"
@@ -90,6 +101,44 @@ class WatchedLoader(DataLoader[Batch]):
                 "the disk or the network answers, or raise data.timeout"
             )
         return None
+
+
+class _Deaths:
+    """Lets torch's handler of SIGCHLD, which raises, notice dead workers where a batch is waited for, and only there.
+
+    It would do so wherever the main thread is: in a step, in a save.
+
+    Args:
+        handler: torch's.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+        self._heard = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self._heard:
+            self._handler(signum, frame)
+
+    @classmethod
+    def watched(cls) -> "_Deaths":
+        """What the process's table of handlers holds, put there if need be."""
+        now = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if isinstance(now, cls):
+            return now
+        deaths = cls(now if callable(now) else lambda *_: None)
+        if callable(now) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, deaths)
+        return deaths
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Noticed meanwhile."""
+        self._heard = True
+        try:
+            yield
+        finally:
+            self._heard = False
 
 
 def _text(name: Tensor) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -17,6 +17,7 @@ _SILENT = 3.0  # seconds without one that mean silence
 _ANSWER = 10.0  # seconds in which a store that works has answered
 _WORD = "fault"  # the store's key for what ends the run
 LOST = "no longer answers"
+HUNG = "does not go on"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Fault:
     refused: bool = False
 
 
+class Beat(NamedTuple):
+    """A sign of life: its number, optimiser steps done, and whether the rank is about to end."""
+
+    number: int
+    step: int
+    ends: bool
+
+
 class Heartbeats:
     """Writes beats of this rank from a thread, as long as the process runs; finds out whose are missing when asked.
 
@@ -46,17 +55,21 @@ class Heartbeats:
     Args:
         hosts: of all ranks.
         step: from which the run goes on.
+        run: a name that no other run of these processes has.
 
     Attributes:
         step: optimiser steps that this rank has done; to be kept up to date.
     """
 
-    def __init__(self, hosts: list[str], *, step: int) -> None:
+    def __init__(self, hosts: list[str], *, step: int, run: str) -> None:
         self.step = step
         self._hosts = hosts
         self._rank = dist.get_rank()
-        self._store: Any = dist.PrefixStore("fcmae", _get_default_store().clone())  # a connection of the thread's own
-        self._known = [(0, step)] * len(hosts)
+        self._store: Any = dist.PrefixStore(
+            f"fcmae {run}", _get_default_store().clone()
+        )  # a connection of the thread's own
+        self._known = [Beat(0, step, False)] * len(hosts)
+        self._ends = False
         self._faults: list[Fault] = []
         self._number = 0
         self._paused = 0.0
@@ -72,12 +85,13 @@ class Heartbeats:
         self._stop.set()
         self._thread.join(_ANSWER)
 
-    def judge(self, own: Fault, *, sure: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
+    def judge(self, own: Fault, *, sure: bool, timed_out: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
         """Why the run ends: all ranks are told the same, what the first of them has found.
 
         Args:
             own: what happened to this rank.
             sure: that did not happen because of others.
+            timed_out: it waited for others in vain.
             ended: ranks whose processes this one has seen end.
 
         Returns:
@@ -85,36 +99,50 @@ class Heartbeats:
             first: whether this rank is the one to write that down.
         """
         self.stop()  # the connection is used from here on
-        found = _within(3 * _ANSWER, lambda: self._judge(own, sure, ended)) if not self._thread.is_alive() else None
+        found = (
+            _within(3 * _ANSWER, lambda: self._judge(own, sure, timed_out, ended))
+            if not self._thread.is_alive()
+            else None
+        )
         if found is not None:
             return found
         if self._faults:  # heard of while the store was there
             return self._faults, False
         if self._paused:
             return [Fault(self._rank, own.host, own.step, f"did not run for {self._paused:.0f} seconds")], True
-        return ([Fault(0, self._hosts[0], self._known[0][1])] if self._rank else [own]), True
+        return ([Fault(0, self._hosts[0], self._known[0].step)] if self._rank else [own]), True
 
     def linger(self) -> None:
         """Keeps the store open until all ranks have heard why the run ends."""
         if self._rank == 0:
             time.sleep(3 * _EVERY)
 
-    def _judge(self, own: Fault, sure: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
+    def _judge(self, own: Fault, sure: bool, timed_out: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
         if faults := self._told():
             return faults, False
         if sure:
             return self._tell([own])
         if ended:
             beats = self._read()
-            return self._tell([Fault(rank, self._hosts[rank], beats[rank][1]) for rank in ended])
-        before = self._read()
-        until = time.monotonic() + _SILENT
+            return self._tell([Fault(rank, self._hosts[rank], beats[rank].step) for rank in ended])
+        self._ends = True
+        before, after = self._read(), self._watch(_SILENT)
+        others = [rank for rank in range(len(after)) if rank != self._rank]
+        found = {rank: LOST for rank in others if after[rank].number == before[rank].number}
+        if timed_out and not found:  # then so have all but those that were waited for
+            after = self._watch(2 * _SILENT)
+            found = {rank: HUNG for rank in others if not after[rank].ends}
+        return self._tell(
+            [Fault(rank, self._hosts[rank], after[rank].step, error) for rank, error in found.items()] or [own]
+        )
+
+    def _watch(self, seconds: float) -> list[Beat]:
+        """The beats of all ranks after a while in which this one goes on with its own."""
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(_EVERY / 2)
             self._store.set(str(self._rank), self._next())
-        after = self._read()
-        silent = [rank for rank in range(len(after)) if rank != self._rank and after[rank][0] == before[rank][0]]
-        return self._tell([Fault(rank, self._hosts[rank], after[rank][1]) for rank in silent] or [own])
+        return self._read()
 
     def _told(self) -> list[Fault]:
         return _faults(self._store.get(_WORD))[1] if self._store.check([_WORD]) else []
@@ -129,10 +157,8 @@ class Heartbeats:
         self._store.set_timeout(timedelta(seconds=_ANSWER))
         before = time.monotonic()
         while not self._stop.wait(_EVERY):
-            now = time.monotonic()
-            if now - before > _ANSWER:
-                self._paused = now - before
-            before = now
+            if (gap := time.monotonic() - before) > _ANSWER:
+                self._paused = gap
             try:
                 self._store.set(str(self._rank), self._next())
                 self._faults = self._told()
@@ -140,12 +166,13 @@ class Heartbeats:
                     self._known[0] = _parsed(self._store.get("0"))
             except Exception:  # whatever a store that is gone raises; the main thread will notice, and ask
                 return
+            before, self._paused = time.monotonic(), 0.0  # the others still want this rank
 
     def _next(self) -> str:
         self._number += 1
-        return json.dumps([self._number, self.step])
+        return json.dumps([self._number, self.step, self._ends])
 
-    def _read(self) -> list[tuple[int, int]]:
+    def _read(self) -> list[Beat]:
         names = [str(rank) for rank in range(len(self._hosts))]
         if self._store.check(names):
             return [_parsed(beat) for beat in self._store.multi_get(names)]
@@ -182,6 +209,5 @@ def _faults(word: bytes) -> tuple[int, list[Fault]]:
     return int(rank), [Fault(**fault) for fault in faults]
 
 
-def _parsed(beat: bytes) -> tuple[int, int]:
-    number, step = json.loads(beat)
-    return int(number), int(step)
+def _parsed(beat: bytes) -> Beat:
+    return Beat(*json.loads(beat))

@@ -215,6 +215,7 @@ def _fit(
             ranks.agreement.wait()  # a launcher may kill all ranks as soon as one of them ends
         raise SystemExit(exit_code(error.signum)) from None
     except Exception as error:
+        ranks.on_exception(trainer, parts.module, error)  # if it comes from saving what a signal had stopped
         if ranks.fault is None:
             raise
         raise ranks.fault from error

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fcmae.data.source import Batch
@@ -33,11 +34,16 @@ class FiniteLoss(L.Callback):
         finite = bool(torch.stack([loss.isfinite() for _, loss, _ in unseen]).all()) if unseen else True
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return
-        for step, loss, files in unseen:
-            if not loss.isfinite():
-                named = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-                raise UserError(
-                    f"the loss became {loss.item()} at step {step}, in the batch of {named}; nothing was saved since: "
-                    "look at these files, or lower optim.base_lr or set trainer.gradient_clip_val=1 in another run_name"
-                )
-        raise UserError("the loss of another rank is not finite; its message names the step and the files")
+        messages: list[str | None] = [next((_told(*one) for one in unseen if not one[1].isfinite()), None)]
+        if trainer.world_size > 1:
+            mine, messages = messages[0], [None] * trainer.world_size
+            dist.all_gather_object(messages, mine)
+        raise UserError(next(message for message in messages if message is not None))
+
+
+def _told(step: int, loss: Tensor, files: list[str]) -> str:
+    named = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+    return (
+        f"the loss became {loss.item()} at step {step}, in the batch of {named}; nothing was saved since: "
+        "look at these files, or lower optim.base_lr or set trainer.gradient_clip_val=1 in another run_name"
+    )

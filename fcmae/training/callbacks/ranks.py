@@ -1,9 +1,12 @@
 """What several ranks owe each other: to be set up alike, to agree before each batch, to say why they end."""
 
 import os
+import re
 import subprocess
 import sys
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -14,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.training.agreement import Agreement, RunInterrupted
-from fcmae.training.heartbeats import LOST, Fault, Heartbeats, hostname
+from fcmae.training.heartbeats import HUNG, LOST, Fault, Heartbeats, hostname
 from fcmae.training.journal import Journal
 from fcmae.training.launching import MICRO_BATCH, adopt_children
 
@@ -50,9 +53,9 @@ class Ranks(L.Callback):
             return
         self._children = adopt_children(trainer)
         self.agreement.open(timedelta(seconds=self.timeout))
-        everywhere = self.agreement.gather((hostname(), dict(self.facts())))
-        check_same(everywhere)
-        self._heartbeats = Heartbeats([host for host, _ in everywhere], step=trainer.global_step)
+        everywhere = self.agreement.gather((hostname(), dict(self.facts()), uuid.uuid4().hex))
+        check_same([(host, facts) for host, facts, _ in everywhere])
+        self._heartbeats = Heartbeats([host for host, *_ in everywhere], step=trainer.global_step, run=everywhere[0][2])
         self._heartbeats.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,24 +71,28 @@ class Ranks(L.Callback):
             self._heartbeats.step = trainer.global_step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, RunInterrupted | KeyboardInterrupt | SystemExit):
+        if self._failed or isinstance(exception, RunInterrupted | KeyboardInterrupt | SystemExit):
             return
         self._failed = True
         rank, sure = trainer.global_rank, isinstance(exception, UserError)
         refused = sure and not isinstance(exception, TransientError)
         own = Fault(rank, hostname(), trainer.global_step, in_a_line(exception), refused)
-        faults, first = [own], True
+        faults, first = [own], rank == 0  # until the ranks are connected, what one refuses all do
         if self._heartbeats is not None:
             ended = [rank + i for i, child in enumerate(self._children, start=1) if child.poll() is not None]
-            faults, first = self._heartbeats.judge(own, sure=sure, ended=ended)
+            timed_out = re.search("time(d ?)?out", str(exception), re.IGNORECASE) is not None
+            faults, first = self._heartbeats.judge(own, sure=sure, timed_out=timed_out, ended=ended)
         if first:
             self._note(faults, rank)
         if not sure and rank not in [fault.rank for fault in faults]:
             self.fault = _told(faults, f"rank {rank} on {hostname()} ends at step {trainer.global_step}")
         if self._heartbeats is not None:
             self._heartbeats.linger()
-        if self.fault is not None and trainer.strategy.root_device.type == "cuda":
-            self._leave(self.fault)  # what ends in order waits for the device, which waits for the ranks that are gone
+        if trainer.world_size > 1 and not sure and trainer.strategy.root_device.type == "cuda":
+            # What ends in order waits for the device, which may wait for other ranks.
+            if self.fault is None:
+                traceback.print_exception(exception)
+            self._leave(self.fault or RanksLostError(in_a_line(exception)))
 
     def close(self) -> None:
         """Ends what runs in the background."""
@@ -114,14 +121,15 @@ class Ranks(L.Callback):
 
     def _leave(self, error: Exception) -> NoReturn:
         print(f"fcmae: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        self._end_children(3)
+        self._end_children(10)
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def _told(faults: list[Fault], end: str) -> RanksLostError | UserError:
-    if faults[0].error == LOST:
+    why = {LOST: "killed, stopped, or out of reach", HUNG: "it lives, and waits for a disk, a network or its device"}
+    if faults[0].error in why:
         who = ", ".join(f"rank {one.rank} on {one.host} (last heard of at step {one.step})" for one in faults)
-        return RanksLostError(f"{who} {LOST}: killed, stopped, or out of reach; {end}")
+        return RanksLostError(f"{who} {faults[0].error}: {why[faults[0].error]}; {end}")
     fault = faults[0]
     told = f"rank {fault.rank} on {fault.host} failed at step {fault.step}: {fault.error}"
     return UserError(told) if fault.refused else RanksLostError(f"{told}; {end}")
