@@ -223,6 +223,14 @@ def test_a_run_that_the_trainer_ends_early_is_saved_and_not_called_finished(
     assert steps == all_steps
 
 
+def test_max_steps_amid_an_epoch_is_the_runs_end(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    train(tmp_path / "run", images, "data.num_workers=0", "trainer.max_steps=3", "pictures=1")
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "epoch 1: validation loss" in (tmp_path / "run" / "train.log").read_text()
+    assert [file.name for file in (tmp_path / "run" / "images").glob("epoch=*")] == ["epoch=0001-step=00000003.png"]
+
+
 @pytest.mark.parametrize("change", ["more images", "another batch"])
 def test_a_run_goes_on_with_its_own_images_and_batch_only(
     tmp_path: Path, images: Path, change: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

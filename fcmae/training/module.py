@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from fcmae.checkpoints.export import export_network
@@ -59,6 +60,12 @@ class TrainingModule(L.LightningModule):
     def example(self, images: Tensor) -> Batch:
         """A batch of images as they come from no source, (B, C, H, W) float32, to try a step with."""
         return Batch(images, [""] * len(images), torch.zeros(len(images), dtype=torch.int64, device=images.device), [])
+
+    @property
+    def epoch(self) -> int:
+        """From 1, of the step that was computed last. Lightning counts on at the end of a fit, wherever that is."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return min(self.current_epoch + fitting, self.trainer.max_epochs or 1)
 
     @abstractmethod
     def compile_network(self) -> None:

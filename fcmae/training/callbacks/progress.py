@@ -62,8 +62,7 @@ class ProgressBar(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             assert isinstance(pl_module, TrainingModule)
-            epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
-            log.info("epoch %d: %s", epoch, pl_module.validation_line())
+            log.info("epoch %d: %s", pl_module.epoch, pl_module.validation_line())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

@@ -47,8 +47,7 @@ class Reconstructions(L.Callback):
         # Values of more bits have no range of their own to show; within 2.5 deviations lies most of them.
         shades = data.numbers if data.normalize.eight_bits else ([0.5] * channels, [0.2] * channels)
         image = picture(reconstruction, *shades)
-        epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
-        save_png(image, self.folder / f"epoch={epoch:04d}-step={trainer.global_step:08d}.png")
+        save_png(image, self.folder / f"epoch={pl_module.epoch:04d}-step={trainer.global_step:08d}.png")
         save_png(image, self.folder / "latest.png")
 
     def _due(self, trainer: L.Trainer) -> bool:
