@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 _EVERY = 1.0  # seconds between beats
 _SILENT = 3.0  # seconds without one that mean silence
 _ANSWER = 10.0  # seconds in which a store that works has answered
+_GRACE = 5.0  # seconds for the main thread to end by itself when the run ends
 _WORD = "fault"  # the store's key for what ends the run
 LOST = "no longer answers"
 HUNG = "does not go on"
@@ -50,20 +51,25 @@ class Beat(NamedTuple):
 class Heartbeats:
     """Writes beats of this rank from a thread, as long as the process runs; finds out whose are missing when asked.
 
+    When another rank tells why the run ends, the main thread mostly finds out by itself, as connections break. If it
+    does not, because it waits for a device or for a rank that waits too, the thread ends the process.
+
     Nothing here waits for the store without a bound: rank 0 keeps it, and may be the one that is stopped.
 
     Args:
         hosts: of all ranks.
         step: from which the run goes on.
         run: a name that no other run of these processes has.
+        leave: ends the process, given why.
 
     Attributes:
         step: optimiser steps that this rank has done; to be kept up to date.
     """
 
-    def __init__(self, hosts: list[str], *, step: int, run: str) -> None:
+    def __init__(self, hosts: list[str], *, step: int, run: str, leave: Callable[[list[Fault]], object]) -> None:
         self.step = step
         self._hosts = hosts
+        self._leave = leave
         self._rank = dist.get_rank()
         self._store: Any = dist.PrefixStore(
             f"fcmae {run}", _get_default_store().clone()
@@ -78,6 +84,7 @@ class Heartbeats:
 
     def start(self) -> None:
         """Begins to beat."""
+        self._store.set(str(self._rank), self._next())  # at once: the others wait for the first
         self._thread.start()
 
     def stop(self) -> None:
@@ -156,7 +163,9 @@ class Heartbeats:
     def _beat(self) -> None:
         self._store.set_timeout(timedelta(seconds=_ANSWER))
         before = time.monotonic()
-        while not self._stop.wait(_EVERY):
+        while not self._faults:
+            if self._stop.wait(_EVERY):
+                return
             if (gap := time.monotonic() - before) > _ANSWER:
                 self._paused = gap
             try:
@@ -167,6 +176,8 @@ class Heartbeats:
             except Exception:  # whatever a store that is gone raises; the main thread will notice, and ask
                 return
             before, self._paused = time.monotonic(), 0.0  # the others still want this rank
+        if not self._stop.wait(_GRACE):
+            self._leave(self._faults)
 
     def _next(self) -> str:
         self._number += 1

@@ -55,7 +55,12 @@ class Ranks(L.Callback):
         self.agreement.open(timedelta(seconds=self.timeout))
         everywhere = self.agreement.gather((hostname(), dict(self.facts()), uuid.uuid4().hex))
         check_same([(host, facts) for host, facts, _ in everywhere])
-        self._heartbeats = Heartbeats([host for host, *_ in everywhere], step=trainer.global_step, run=everywhere[0][2])
+        self._heartbeats = Heartbeats(
+            [host for host, *_ in everywhere],
+            step=trainer.global_step,
+            run=everywhere[0][2],
+            leave=lambda faults: self._leave(self._told(faults)),
+        )
         self._heartbeats.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,7 +90,7 @@ class Ranks(L.Callback):
         if first:
             self._note(faults, rank)
         if not sure and rank not in [fault.rank for fault in faults]:
-            self.fault = _told(faults, f"rank {rank} on {hostname()} ends at step {trainer.global_step}")
+            self.fault = self._told(faults)
         if self._heartbeats is not None:
             self._heartbeats.linger()
         if trainer.world_size > 1 and not sure and trainer.strategy.root_device.type == "cuda":
@@ -99,7 +104,7 @@ class Ranks(L.Callback):
         if self._heartbeats is not None:
             self._heartbeats.stop()
         if self._failed:
-            self._end_children(10)
+            self._end_children(15)  # more than it takes them to hear of it
 
     def _note(self, faults: list[Fault], rank: int) -> None:
         if faults[0].rank == 0 != rank:  # the store is gone with rank 0, and nobody knows who else writes this
@@ -109,6 +114,21 @@ class Ranks(L.Callback):
                 return
         for fault in faults:
             self.journal.failed(step=fault.step, rank=fault.rank, host=fault.host, error=fault.error)
+
+    def _told(self, faults: list[Fault]) -> RanksLostError | UserError:
+        """What this rank has to say of others' faults."""
+        step = self._heartbeats.step if self._heartbeats is not None else 0
+        end = f"; rank {dist.get_rank()} on {hostname()} ends at step {step}"
+        why = {
+            LOST: "killed, stopped, or out of reach",
+            HUNG: "it lives, and waits for a disk, a network or its device",
+        }
+        if faults[0].error in why:
+            who = ", ".join(f"rank {one.rank} on {one.host} (last heard of at step {one.step})" for one in faults)
+            return RanksLostError(f"{who} {faults[0].error}: {why[faults[0].error]}{end}")
+        fault = faults[0]
+        told = f"rank {fault.rank} on {fault.host} failed at step {fault.step}: {fault.error}"
+        return UserError(told) if fault.refused else RanksLostError(f"{told}{end}")
 
     def _end_children(self, seconds: float) -> None:
         """Gives them time to end by themselves; one that is stopped would stay for ever."""
@@ -121,18 +141,8 @@ class Ranks(L.Callback):
 
     def _leave(self, error: Exception) -> NoReturn:
         print(f"fcmae: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        self._end_children(10)
+        self._end_children(15)
         os._exit(2 if isinstance(error, UserError) else 1)
-
-
-def _told(faults: list[Fault], end: str) -> RanksLostError | UserError:
-    why = {LOST: "killed, stopped, or out of reach", HUNG: "it lives, and waits for a disk, a network or its device"}
-    if faults[0].error in why:
-        who = ", ".join(f"rank {one.rank} on {one.host} (last heard of at step {one.step})" for one in faults)
-        return RanksLostError(f"{who} {faults[0].error}: {why[faults[0].error]}; {end}")
-    fault = faults[0]
-    told = f"rank {fault.rank} on {fault.host} failed at step {fault.step}: {fault.error}"
-    return UserError(told) if fault.refused else RanksLostError(f"{told}; {end}")
 
 
 def set_timeout(timeout: timedelta) -> None:
