@@ -90,7 +90,7 @@ def test_what_stops_a_job_requeues_it_once(at_once: dict[str, Job], how: str) ->
 
 def test_crashes_with_nothing_saved_end_the_job(at_once: dict[str, Job]) -> None:
     job = at_once["crashes"]
-    assert job.wait_end() == "FAILED 3 2", job.log
+    assert job.wait_end() in ("FAILED 3 2", "FAILED 143 2"), job.log  # srun may end one of two before it crashes too
     assert job.lines[-1].endswith(
         "given up after 3 crashes with nothing newer saved; starts: 3, preemptions: 0, crashes: 3"
     )
