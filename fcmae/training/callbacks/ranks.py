@@ -149,7 +149,7 @@ def set_timeout(timeout: timedelta) -> None:
     """Bounds every exchange of all ranks from here on."""
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(timeout)
-    else:  # torch before 2.10 or so
+    else:  # as in torch 2.8, where it works for NCCL alone
         distributed_c10d._set_pg_timeout(timeout)
 
 
