@@ -17,6 +17,7 @@ from micro import write_images
 from test_data import OPTIONS, folder_data
 
 from fcmae import UserError
+from fcmae.data import loader
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.randomness import mix_seed
@@ -238,6 +239,27 @@ def test_shards_hold_out_their_last_samples_and_know_which_are_left(tmp_path):
     with pytest.raises(UserError, match=r"data\.mixed_shards=0 must be at least 1"):
         sharded(tmp_path, mixed_shards=0)
     assert isinstance(data, LabelledDataModule)
+
+
+@pytest.mark.parametrize(
+    ("usable", "ranks", "step", "workers"),
+    [
+        (64, 8, {}, 8),
+        (16, 8, {}, 2),
+        (4, 8, {}, 1),
+        (8, 8, {"SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound by srun
+        (64, 8, {"SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "4"}, 8),  # not bound
+        (16, 4, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "16"}, 4),  # one task, whose ranks share its cores
+    ],
+)
+def test_ranks_share_the_cores_of_a_machine(usable, ranks, step, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: usable)
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    write_images(tmp_path, 6)
+    dataset = folder_data(tmp_path).dataset(range(6), train=False)
+    opened = loader.open_loader(dataset, [(0, 0)], batch_size=1, num_workers="auto", local_ranks=ranks)
+    assert opened.num_workers == workers
 
 
 # -- workers that die or hang --

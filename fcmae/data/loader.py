@@ -38,7 +38,7 @@ def open_loader(
         local_ranks: processes of this machine that share its cores.
         timeout: seconds to wait for a batch of the workers before giving up; 0: for ever.
     """
-    share = max(1, min(8, usable_cores() // local_ranks))
+    share = max(1, min(8, _cores_of_rank(local_ranks)))
     workers = min(most_workers, share if num_workers == "auto" else int(num_workers))
     return WatchedLoader(
         dataset,
@@ -85,6 +85,14 @@ class Normalization:
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cores_of_rank(local_ranks: int) -> int:
+    """Cores for one of so many processes of this machine; srun may have bound it to cores of its own already."""
+    started_by_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    own = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) if started_by_srun else 0
+    cores = usable_cores()
+    return cores if cores <= own else cores // local_ranks
 
 
 def leave_signals_to_the_run(worker: int) -> None:

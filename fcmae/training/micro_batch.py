@@ -82,7 +82,8 @@ def largest_micro_batch(
     if found is None:
         raise UserError(
             f"not even {2 * data.repeats} images of {channels}x{height}x{width} fit into the memory of {device}: use "
-            "model.grad_checkpointing=block, trainer=fsdp, or smaller images"
+            "model.grad_checkpointing=block or smaller images; or trainer=fsdp, whose sharding this does not try, and "
+            "a number for data.batch_size (docs/scaling.md has a table)"
         )
     log.info("micro-batch: %d images per device fit, %d of them make a step", found, share // found)
     return found
