@@ -67,7 +67,8 @@ def test_a_full_disk(small_disk: Path, images: Path, tmp_path: Path) -> None:  #
     assert f"going on from {tmp_path / 'run' / 'checkpoints' / newest.name}" in again.err
 
 
-@pytest.mark.parametrize("writes", ["finish", pytest.param("write_rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", ["finish", "write_rank"])
 def test_a_disk_that_fills_up_in_a_sharded_save(tmp_path: Path, images: Path, writes: str) -> None:  # noqa: F811
     """Before a rank writes its rows, or, when these are there, before the first one writes the rest."""
     script = tmp_path / "fills_the_disk.py"

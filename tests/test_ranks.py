@@ -334,6 +334,7 @@ def run_script(script: Path, run: Path, images: Path, *options: str) -> "subproc
 
 
 @LINUX
+@pytest.mark.slow
 def test_another_installation_on_one_rank_is_refused(tmp_path: Path, images: Path) -> None:  # noqa: F811
     """Both ranks say so, in the same line, before anything is computed."""
     script = tmp_path / "other.py"
