@@ -191,9 +191,6 @@ class Gate(Protocol):
     def fetch(self, batches: Iterator[T]) -> T:
         """The next of `batches`."""
 
-    def agree(self) -> None:
-        """Takes part in a decision of all ranks that this one needs no batch for."""
-
 
 class OpenGate:
     """Nobody is asked: for what may be cut off at any moment."""
@@ -201,6 +198,3 @@ class OpenGate:
     def fetch(self, batches: Iterator[T]) -> T:
         """The next of `batches`."""
         return next(batches)
-
-    def agree(self) -> None:
-        """Nothing to decide."""
