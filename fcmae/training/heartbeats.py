@@ -71,9 +71,8 @@ class Heartbeats:
         self._hosts = hosts
         self._leave = leave
         self._rank = dist.get_rank()
-        self._store: Any = dist.PrefixStore(
-            f"fcmae {run}", _get_default_store().clone()
-        )  # a connection of the thread's own
+        connection = _get_default_store().clone()  # the thread's own
+        self._store: Any = dist.PrefixStore(f"fcmae {run}", connection)
         self._known = [Beat(0, step, False)] * len(hosts)
         self._ends = False
         self._faults: list[Fault] = []
@@ -106,11 +105,9 @@ class Heartbeats:
             first: whether this rank is the one to write that down.
         """
         self.stop()  # the connection is used from here on
-        found = (
-            _within(3 * _ANSWER, lambda: self._judge(own, sure, timed_out, ended))
-            if not self._thread.is_alive()
-            else None
-        )
+        found = None
+        if not self._thread.is_alive():
+            found = _within(3 * _ANSWER, lambda: self._judge(own, sure, timed_out, ended))
         if found is not None:
             return found
         if self._faults:  # heard of while the store was there
