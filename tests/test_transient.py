@@ -83,7 +83,7 @@ def test_a_shard_that_was_there(
 
 @pytest.mark.parametrize(("status", "passes"), [(503, True), (404, False), (401, False)])
 def test_a_hub_that_answers_with_an_error(status: int, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
+    import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
     from fcmae.data.hf import _check_hub

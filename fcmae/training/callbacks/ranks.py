@@ -107,7 +107,7 @@ class Ranks(L.Callback):
             self._end_children(15)  # more than it takes them to hear of it
 
     def _note(self, faults: list[Fault], rank: int) -> None:
-        if faults[0].rank == 0 != rank:  # the store is gone with rank 0, and nobody knows who else writes this
+        if rank and faults[0].rank == 0:  # the store is gone with rank 0, and nobody knows who else writes this
             time.sleep(min(rank, 50) / 10)
             last = (self.journal.read() or [{}])[-1]
             if (last.get("event"), last.get("rank")) == ("failed", 0):
@@ -149,7 +149,7 @@ def set_timeout(timeout: timedelta) -> None:
     """Bounds every exchange of all ranks from here on."""
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(timeout)
-    else:  # as in torch 2.8, where it works for NCCL alone
+    else:  # as in torch 2.8, where gloo does not heed it
         distributed_c10d._set_pg_timeout(timeout)
 
 
