@@ -82,7 +82,7 @@ def _run(config: DictConfig, conditions: Conditions, findings: Sequence[Finding]
         baselines = check_baselines(_plain(config.baselines))
         return report | run_steps(build, conditions, baselines=baselines, engines=engines, progress=advance)
     if config.what == "pictures":
-        return report | run_pictures(conditions, advance)
+        return report | run_pictures(conditions, advance, quality=config.quality)
     data: ImageDataModule = launch.build(config.data, batch_size=conditions.batch_size)
     if config.what == "loader":
         return report | run_loader(data, conditions, advance)

@@ -9,7 +9,6 @@ from PIL import Image
 
 TILE = (500, 375)
 """(width, height) up to which a picture is one part of one photograph, in pixels."""
-QUALITY = 90
 CLASSES = ("a", "b")
 
 Photograph = np.ndarray[Any, np.dtype[np.uint8]]
@@ -32,7 +31,7 @@ def photographs() -> dict[str, Photograph]:
     return found | {"astronaut": data.astronaut(), "coffee": data.coffee(), "rocket": data.rocket()}
 
 
-def write_jpegs(folder: Path, size: tuple[int, int], count: int, *, seed: int) -> Iterator[Path]:
+def write_jpegs(folder: Path, size: tuple[int, int], count: int, *, quality: int, seed: int) -> Iterator[Path]:
     """Writes different pictures into a folder per class, and gives each as soon as it is there.
 
     A picture larger than `TILE` is put together from parts of photographs in their own resolution: enlarged, it would
@@ -42,6 +41,7 @@ def write_jpegs(folder: Path, size: tuple[int, int], count: int, *, seed: int) -
         folder: gets the folders of the classes.
         size: (width, height) in pixels.
         count: of the pictures.
+        quality: of the JPEGs, 1 to 100.
         seed: of the parts.
     """
     numbers = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def write_jpegs(folder: Path, size: tuple[int, int], count: int, *, seed: int) -
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(count):
         file = folder / CLASSES[index % len(CLASSES)] / f"{index:04d}.jpg"
-        _picture(sources, size, numbers).save(file, quality=QUALITY)
+        _picture(sources, size, numbers).save(file, quality=quality)
         yield file
 
 

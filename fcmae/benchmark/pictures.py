@@ -1,7 +1,8 @@
 """What a picture costs on its way from a JPEG to a normalised batch, compared with the usual way, torchvision's.
 
 All read the same pictures, draw their crops at random from the same shares of the area, and end with normalised float32
-images in batches. The files are in the system's memory by then: no disk is measured.
+images in batches. The files are in the system's memory by then: no disk is measured. Beside them stands the least that
+anybody pays who reads a whole JPEG with libjpeg.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import PIL
 import torch
 import torchvision
+from PIL import Image
 from rich.table import Table
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -24,7 +26,7 @@ from torchvision import datasets, transforms
 
 from fcmae.benchmark import measure
 from fcmae.benchmark.conditions import Conditions, environment
-from fcmae.benchmark.photographs import QUALITY, photographs, write_jpegs
+from fcmae.benchmark.photographs import photographs, write_jpegs
 from fcmae.benchmark.report import Report
 from fcmae.benchmark.tables import _table
 from fcmae.data.dataset import ImageDataset
@@ -37,6 +39,7 @@ from fcmae.data.shard_writer import ShardWriter, plan
 from fcmae.data.source import LabelledSource
 from fcmae.data.transforms import Crop
 from fcmae.data.webdataset import WebDataset
+from fcmae.errors import UserError
 
 SIZES = ((500, 375), (2000, 1500))
 """(width, height) of the pictures: ImageNet's usual one, and a small photograph's."""
@@ -46,6 +49,7 @@ SHORT_SIDE = 256
 """Of the pictures in shards, as `python -m fcmae.shard` has it."""
 CROP_SCALE = (0.2, 1.0)
 BASELINE = "torchvision"
+FLOOR = "decoding at 1/8, no more"
 
 Progress = Callable[[str, int], object]
 """Told that something of this name is done, and how often it will be in all."""
@@ -127,10 +131,31 @@ class OurReader:
             yield images
 
 
+class FloorReader:
+    """Decodes every file at an eighth of its size, and does no more: next to nothing but the file's Huffman code.
+
+    Args:
+        folder: with a folder per class.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.normalizing: list[float] = []
+        self._files = sorted(folder.glob("*/*.jpg"))
+
+    def read(self) -> Iterator[Tensor]:
+        """No batches."""
+        for file in self._files:
+            with Image.open(file) as picture:
+                picture.draft(picture.mode, (picture.width // 8, picture.height // 8))
+                picture.load()
+        yield from ()
+
+
 def run_pictures(
     conditions: Conditions,
     progress: Progress,
     *,
+    quality: int,
     sizes: Sequence[tuple[int, int]] = SIZES,
     at_least: int = AT_LEAST,
 ) -> Report:
@@ -139,15 +164,22 @@ def run_pictures(
     Args:
         conditions: batch and crop size, threads, repeats and warm-up: passes over all the pictures, in turn.
         progress: told what is done.
+        quality: of the JPEGs, 1 to 100, in the folder and in the shards.
         sizes: (width, height) of the pictures.
         at_least: pictures of each size; rounded up to whole batches.
 
     Returns:
-        Under `pictures`: `libraries` (their versions), `photographs` (names), and under `sizes`, by `<width>x<height>`:
+        Under `pictures`: `libraries` (their versions), `photographs` (names), `quality`, and under `sizes`, by
+        `<width>x<height>`:
         `pictures` (number), `bytes` (mean of a file), and under `variants` by name: `seconds` (of every pass),
         `median_ms` and `quartiles_ms` (per picture), `per_second` (pictures), `speed` (by that of torchvision),
         `normalizing` (its share of the time; None where it is no step of its own).
+
+    Raises:
+        UserError: a quality out of its bounds.
     """
+    if type(quality) is not int or not 1 <= quality <= 100:
+        raise UserError(f"quality={quality!r} must be a whole number from 1 to 100, as JPEGs have it")
     count = math.ceil(at_least / conditions.batch_size) * conditions.batch_size
     found = {}
     for width, height in sizes:
@@ -155,29 +187,33 @@ def run_pictures(
         with tempfile.TemporaryDirectory(prefix="fcmae-pictures-") as folder, environment(conditions):
             jpegs = Path(folder, "jpegs")
             total = 0
-            for file in write_jpegs(jpegs, (width, height), count, seed=conditions.seed):
+            for file in write_jpegs(jpegs, (width, height), count, quality=quality, seed=conditions.seed):
                 total += file.stat().st_size
                 progress(f"writing {name}", count)
-            variants = _measure(readers(jpegs, Path(folder, "shards"), conditions), name, count, conditions, progress)
+            ways = readers(jpegs, Path(folder, "shards"), conditions, quality=quality)
+            variants = _measure(ways, name, count, conditions, progress)
         found[name] = {"pictures": count, "bytes": total / count, "variants": variants}
     libraries = {"torchvision": torchvision.__version__, "Pillow": PIL.__version__}
-    return {"pictures": {"libraries": libraries, "photographs": sorted(photographs()), "sizes": found}}
+    names = sorted(photographs())
+    return {"pictures": {"libraries": libraries, "photographs": names, "quality": quality, "sizes": found}}
 
 
-def readers(jpegs: Path, shards: Path, conditions: Conditions) -> dict[str, Reader]:
-    """All ways to read a folder of classes, by name; the baseline first.
+def readers(jpegs: Path, shards: Path, conditions: Conditions, *, quality: int) -> dict[str, Reader]:
+    """All ways to read a folder of classes, by name; the baseline first, the floor last.
 
     Args:
         jpegs: the folder.
         shards: is filled with the same pictures.
         conditions: crop and batch size.
+        quality: of the JPEGs in the shards.
     """
     size, batch_size = conditions.image_size, conditions.batch_size
     source = ImageFolder(path=jpegs, in_chans=3)
     return {
         BASELINE: TorchvisionReader(jpegs, size, batch_size),
         "folder": OurReader(source, size, batch_size),
-        f"shards, short side {SHORT_SIDE}": OurReader(_pack(source, shards), size, batch_size),
+        f"shards, short side {SHORT_SIDE}": OurReader(_pack(source, shards, quality), size, batch_size),
+        FLOOR: FloorReader(jpegs),
     }
 
 
@@ -186,7 +222,7 @@ def picture_tables(report: Report) -> Iterator[Table]:
     median."""
     pictures = report.get("pictures", {"sizes": {}})
     for size, found in pictures["sizes"].items():
-        heading = f"{found['pictures']} JPEGs of {size}, {found['bytes'] / 1e3:.0f} kB"
+        heading = f"{found['pictures']} JPEGs of {size}, quality {pictures['quality']}, {found['bytes'] / 1e3:.0f} kB"
         result = _table([heading, "CPU ms", "spread", "speed", "normalising", "without", "per second"])
         versions = pictures["libraries"]
         result.caption = (
@@ -235,8 +271,8 @@ def _whole_pass(reader: Reader) -> measure.Step:
     return lambda: deque(reader.read(), maxlen=0)
 
 
-def _pack(source: ImageFolder, out: Path) -> WebDataset:
-    """The same pictures in a shard, as `python -m fcmae.shard` packs them by default."""
+def _pack(source: ImageFolder, out: Path, quality: int) -> WebDataset:
+    """The same pictures in a shard, as `python -m fcmae.shard` packs them."""
     folder = ShardFolder(out, {})
     (out / "train").mkdir()
     writer = ShardWriter(
@@ -244,7 +280,7 @@ def _pack(source: ImageFolder, out: Path) -> WebDataset:
         labels=source.labels,
         jobs=plan("train", range(len(source)), len(source), 0),
         out=out,
-        quality=QUALITY,
+        quality=quality,
         short_side=SHORT_SIDE,
     )
     for packed in writer.write_all(0):
