@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.loader import Normalization, open_loader
-from fcmae.data.sampler import EpochSampler, Order
+from fcmae.data.sampler import EpochSampler, Forecast, Order
 from fcmae.data.source import Batch, Source
 from fcmae.data.transforms import Augment
 from fcmae.data.watch import WatchedLoader
@@ -185,6 +185,10 @@ class ImageDataModule(L.LightningDataModule):
         """How a pass over the training images is ordered; sources that lie in shards know a better way."""
         return Order(len(indices))
 
+    def forecast(self, indices: Sequence[int]) -> Forecast | None:
+        """What is to be told which of these images come next; sources that have to fetch them know what to do."""
+        return None
+
     def weights(self) -> Tensor | None:
         """How often each training image is drawn, relative to the others; None: every one once per epoch."""
         return None
@@ -205,6 +209,7 @@ class ImageDataModule(L.LightningDataModule):
             samples_per_epoch=self.samples_per_epoch and self.samples_per_epoch // self.repeats,
             weights=self.weights(),
             order=self.order(indices),
+            forecast=self.forecast(indices),
         )
         loader = self._loader(self.dataset(indices, train=True), order, pictures=self.batch_size // self.repeats)
         loader.gate = self.gate

@@ -1,12 +1,25 @@
 """The order of samples, a function of (seed, epoch), and the place in it where a resumed run goes on."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from fcmae.data.randomness import mix_seed
+
+
+class Forecast(Protocol):
+    """What is told which samples come next, so that it can have them ready."""
+
+    def begin(self, indices: Tensor) -> None:
+        """(N,) int64: the samples that all ranks see in what is left of an epoch, in this order."""
+        ...
+
+    def reach(self, place: int) -> None:
+        """The ranks are about to read the samples up to this place of them."""
+        ...
 
 
 class EpochSampler(Sampler[tuple[int, ...]]):
@@ -30,6 +43,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         weights: (size,), how often each sample is drawn relative to the others: then a pass draws with replacement,
             and a key has a third number, the place in the order.
         order: of the samples in a pass; by default all mixed with all.
+        forecast: told what comes, before every batch.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         samples_per_epoch: int | None = None,
         weights: Tensor | None = None,
         order: "Order | None" = None,
+        forecast: Forecast | None = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -55,6 +70,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.seed = seed
         self.weights = weights
         self.order = order or Order(size)
+        self.forecast = forecast
         self.samples_per_epoch = samples_per_epoch
         self.samples_per_step = batch_size * world_size * accumulate
         self.steps_per_epoch = (samples_per_epoch or size) // self.samples_per_step
@@ -73,10 +89,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         keys = self._epoch_keys(self.epoch)  # (samples of the epoch, 2 or 3)
-        mine = keys.view(-1, self.world_size, self.batch_size, keys.shape[1])[:, self.rank]
-        start = self.first_step * self.accumulate if self.epoch == self.first_epoch else 0
-        for key in mine[start:].flatten(0, 1):  # of (micro-batches, batch_size, 2 or 3)
-            yield tuple(key.tolist())
+        if self.epoch == self.first_epoch:
+            keys = keys[self.first_step * self.samples_per_step :]
+        if self.forecast is not None:
+            self.forecast.begin(keys[:, 1])
+        micro_batches = keys.view(-1, self.world_size, self.batch_size, keys.shape[1])[:, self.rank]
+        for number, micro_batch in enumerate(micro_batches, start=1):  # (batch_size, 2 or 3)
+            if self.forecast is not None:
+                self.forecast.reach(number * self.world_size * self.batch_size - 1)
+            yield from map(tuple, micro_batch.tolist())
 
     def _epoch_keys(self, epoch: int) -> Tensor:
         """What all ranks see in an epoch, in this order."""

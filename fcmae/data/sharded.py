@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.sampler import Order, ShardOrder
@@ -88,11 +89,14 @@ class ShardedDataModule(LabelledDataModule):
         """The last ones, so that the other shards need not be read to validate."""
         return range(count - held_out), range(count - held_out, count)
 
+    def shards_of(self, indices: Sequence[int]) -> Tensor:
+        """(N,) int64: the number of each sample's shard."""
+        ends = torch.tensor(self.sharded.shard_sizes).cumsum(0)
+        return torch.searchsorted(ends, torch.as_tensor(indices), right=True)
+
     def order(self, indices: Sequence[int]) -> Order:
         """Shard by shard, a few mixed at a time."""
-        ends = torch.tensor(self.sharded.shard_sizes).cumsum(0)
-        shards = torch.searchsorted(ends, torch.as_tensor(indices), right=True)
-        sizes = shards.bincount()
+        sizes = self.shards_of(indices).bincount()
         return ShardOrder(sizes[sizes > 0].tolist(), mixed=self.mixed_shards)
 
     def names_digest(self) -> str:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fcmae.data.decoding import open_picture
+from fcmae.data.fetch_ahead import FetchAhead
 from fcmae.data.picture import Picture
 from fcmae.data.remote import RemoteCache, default_cache, is_remote
+from fcmae.data.sampler import Forecast
 from fcmae.data.shard_index import Shard, file_name
 from fcmae.data.shard_list import ShardList, open_shard
 from fcmae.data.sharded import Places, ShardedDataModule
@@ -108,6 +110,15 @@ class WebDataset:
         name, content = self._opened(shard).picture(place)
         return open_picture(content, name=name, in_chans=self._in_chans)
 
+    def fetch(self, number: int) -> None:
+        """Has the shard of this number in the cache, if it is a remote one, at the first try.
+
+        Raises:
+            UserError: it cannot be fetched.
+        """
+        if is_remote(self._shards[number].url):
+            open_shard(self._shards[number], replace(self._cache, tries=1)).close()
+
     def _opened(self, number: int) -> TarShard:
         if self._opened_by != os.getpid():  # a fork shares the place in its files with its parent
             self._open, self._opened_by = OrderedDict(), os.getpid()
@@ -185,6 +196,13 @@ class WebDatasetDataModule(ShardedDataModule):
         if source.is_local:  # other shards would be fetched
             check_channels(source)
         return source
+
+    def forecast(self, indices: Sequence[int]) -> Forecast | None:
+        """Fetches the shards that are mixed next while the present ones are read."""
+        source = self.source
+        if not isinstance(source, WebDataset) or source.is_local:
+            return None
+        return FetchAhead(source.fetch, self.shards_of(indices), ahead=self.mixed_shards)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
