@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from fcmae import UserError
 from fcmae.data.classification_transforms import ClassificationAugment, evaluation_transform
@@ -329,3 +330,31 @@ def test_transforms_can_be_sent_to_workers_that_are_spawned(options):
     for transform in (augment(**options).train((64, 64)), augment(**options).evaluate((64, 64))):
         sent = pickle.loads(pickle.dumps(transform))
         assert torch.equal(draw(sent, image, 3), draw(transform, image, 3))
+
+
+@pytest.mark.parametrize("mode", ["PIL", "tensor"])
+@pytest.mark.parametrize(("height", "width"), [(1, 16_000), (16_000, 1), (3, 5_000)])
+def test_a_strip_takes_no_more_memory_than_its_crop_needs(height, width, mode, monkeypatch):
+    """Enlarged as a whole, 16000 x 1 pixels would be 1 million x 256."""
+    ramp = np.broadcast_to(np.linspace(0, 255, max(height, width)), (min(height, width), max(height, width)))
+    ramp = np.ascontiguousarray(ramp.T if height > width else ramp).astype(np.uint8)
+    picture = Decoded(Image.fromarray(ramp) if mode == "PIL" else torch.from_numpy(ramp)[None])
+    largest = 0
+    resize_pil, resize = Image.Image.resize, F.resize
+
+    def watched_pil(image: Image.Image, size: tuple[int, int], *rest: Any) -> Image.Image:
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return resize_pil(image, size, *rest)
+
+    def watched(image: Tensor, size: list[int], *rest: Any, **options: Any) -> Tensor:
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return resize(image, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched_pil)
+    monkeypatch.setattr("fcmae.data.classification_transforms.F.resize", watched)
+    found = evaluation_transform((64, 64))(picture)
+    assert found.shape == (1, 64, 64)
+    assert 0 < largest <= 257 * 64 * 73
+    assert (found.float() - 127.5).abs().max() <= 2  # what is in the middle of the ramp

@@ -13,13 +13,16 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from fcmae.data.picture import Picture, to_tensor
+from fcmae.data.picture import Picture, Pixels, to_tensor
 from fcmae.data.randomness import seeded
 from fcmae.data.transforms import RandomCrop, Transform, check_crop_scale
 from fcmae.errors import UserError
 
 WARP_FROM = 384
 """Pixels from which on pictures are evaluated whole, warped to the model's shape, and not cropped (original code)."""
+
+_STRIP = 256
+"""Times the crop's side, beyond which a resized picture would be nothing but memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,7 @@ def check_crop_pct(crop_pct: float | str) -> None:
 
 
 def _warp(picture: Picture, size: tuple[int, int]) -> Tensor:
-    return _resized(picture, size)
+    return _resized(picture.decode(), size)
 
 
 def _resize_and_crop(picture: Picture, size: tuple[int, int], crop_pct: float) -> Tensor:
@@ -161,11 +164,18 @@ def _resize_and_crop(picture: Picture, size: tuple[int, int], crop_pct: float) -
     else:  # as timm's for an oblong model: rounded
         ratio = min(sides[0] / height, sides[1] / width)
         resized = [round(side / ratio) for side in sides]
-    return F.center_crop(_resized(picture, (resized[0], resized[1])), list(size))
-
-
-def _resized(picture: Picture, size: tuple[int, int]) -> Tensor:
     pixels = picture.decode()
+    for axis in range(2):  # a strip, such as 16000 x 1: what lies far from the crop is not even enlarged
+        if resized[axis] > _STRIP * size[axis]:
+            kept = math.ceil(sides[axis] * _STRIP * size[axis] / resized[axis])
+            resized[axis] = round(resized[axis] * kept / sides[axis])
+            sides = (kept, sides[1]) if axis == 0 else (sides[0], kept)
+    if sides != picture.size:
+        pixels = F.center_crop(pixels, list(sides))
+    return F.center_crop(_resized(pixels, (resized[0], resized[1])), list(size))
+
+
+def _resized(pixels: Pixels, size: tuple[int, int]) -> Tensor:
     if isinstance(pixels, Image.Image):  # PIL's own, as in timm
         return to_tensor(pixels.resize((size[1], size[0]), Image.Resampling.BICUBIC))
     return F.resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
