@@ -543,3 +543,35 @@ def test_a_batch_lies_in_memory_as_its_pictures_do():
     batch = collate([[Sample(image, "", 1, [])] for image in crops]).images
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, torch.stack(crops))
+
+
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data with (tag, type, count, value) entries, right or wrong."""
+    head = struct.pack(">2sHLH", b"MM", 42, 8, len(entries))
+    return b"Exif\0\0" + head + b"".join(struct.pack(">HHL", *entry[:3]) + entry[3] for entry in entries) + bytes(68)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param((0x0102, 2, 4, b"abc\0"), id="bits per sample in letters"),
+        pytest.param((0x011A, 7, 4, b"\0\6\0\0"), id="a resolution of no type"),
+        pytest.param((0x8769, 4, 1, b"\xff\xff\xff\0"), id="a directory out of the file"),
+        pytest.param((0x8825, 3, 1, b"\0\6\0\0"), id="a place on earth that is a number"),
+    ],
+)
+def test_a_photograph_is_turned_whatever_else_its_camera_wrote(entry):
+    turn = (0x0112, 3, 1, b"\0\6\0\0")
+    exif = exif_of(*sorted([turn, entry]))
+    file = encoded(Image.fromarray(numbers(32, 64, 3)), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(file)) as opened:
+        wanted = np.asarray(opened.transpose(Image.Transpose.ROTATE_270))
+    found = open_picture(file, name="x.jpg", in_chans=3)
+    assert found.size == (64, 32)
+    assert np.array_equal(np.asarray(found.decode()), wanted)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0"])
+def test_a_photograph_whose_camera_wrote_nonsense_is_taken_as_it_is(exif):
+    file = encoded(Image.fromarray(numbers(32, 64, 3)), "JPEG", exif=exif)
+    assert open_picture(file, name="x.jpg", in_chans=3).decode().size == (64, 32)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fcmae.data.picture import Decoded, Picture, Pixels, as_shares
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = {1: "L", 3: "RGB"}
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the tag of EXIF and TIFF, and its values that swap height and width
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _FLIPPED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # and the axes of (C, H, W) to flip after that
 _WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
 _ALPHA, _PREMULTIPLIED = ((1,), (2,)), (1,)  # TIFF's ExtraSamples: alpha alone
@@ -66,7 +75,8 @@ class _Encoded:
         self._mode = mode
         if image.format == "TIFF":
             image.load()  # turns it, and only then tells its size in every version of PIL
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
+        self._orientation = _orientation(image)
+        turned = self._orientation in _TURNED
         self.size = (image.width, image.height) if turned else (image.height, image.width)
 
     def decode(self, at_least: tuple[int, int] = (0, 0)) -> Pixels:
@@ -75,16 +85,27 @@ class _Encoded:
         if min(at_least) > 0:
             height, width = at_least if self.size == (image.height, image.width) else at_least[::-1]
             image.draft(image.mode, (width, height))  # nothing but a JPEG does anything here
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        of_format = image.format
+        if self._orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[self._orientation])  # exif_transpose fails where another tag is broken
         if image.mode not in _EIGHT_BITS:  # grey of 16 or 32 bits
             array = np.asarray(image)
-            if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which PIL may hold in 32
+            if image.mode == "I" and of_format in ("PNG", "PPM"):  # 16 bits, which PIL may hold in 32
                 array = array.astype(np.uint16)
             return _as_pixels(array[None]).expand(len(self._mode), -1, -1)
         if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == self._mode else image.convert(self._mode)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF data says; 1, upright, where they say nothing or cannot be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # PIL raises anything at broken data, of which the pixels know nothing
+        return 1
 
 
 def _open(file: str | Path | bytes) -> Image.Image:
