@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fcmae import UserError
+from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.digits import DigitsDataModule
 from fcmae.data.folder import FolderDataModule
 from fcmae.data.imagefolder import ImageFolder, ImageFolderDataModule
@@ -123,6 +125,14 @@ def test_the_folders_are_the_classes(tmp_path):
         assert source.open(index).decode().getpixel((0, 0)) == brightness[source.sample_id(index)]
 
 
+def test_images_beside_the_classes_are_left_out_and_counted(tmp_path, caplog):
+    write(tmp_path, "a/1.png", "b/2.png", "s.png", "t.png")
+    assert len(ImageFolder(path=tmp_path, in_chans=3)) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"images in no class's folder, left out: 2, the first {tmp_path / 's.png'}"
+    ]
+
+
 def test_train_and_val_are_told_apart(tmp_path):
     write(tmp_path, "train/b/1.png", "train/a/deep/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png", "train/a/6.png")
     write(tmp_path, "test/c/7.png", "train/stray.png", "val/stray.png", "stray.png", "val/.x/8.png")
@@ -154,7 +164,17 @@ def test_train_without_val_holds_some_of_it_out(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["val/a/1.png", "val/b/2.png"], "data.path=ROOT holds val but no train: name the folder that holds both"),
+        (
+            ["val/a/1.png", "val/b/2.png"],
+            "data.path=ROOT holds val but no train: name the folder that holds both, or ROOT/val",
+        ),
+        *[
+            (
+                ["train/a/1.png", "train/b/2.png", f"{other}/a/3.png"],
+                f"data.path=ROOT holds train and {other}, but no val: rename {other} to val .* data.path=ROOT/train",
+            )
+            for other in ("valid", "validation", "test")
+        ],
         (["a/1.png", "stray.png"], "ROOT holds 1 folders of classes, at least 2 are needed: put the images of each .*"),
         (["1.png", "2.png"], "ROOT holds 0 folders of classes, at least 2 are needed: .*"),
         (["train/a/1.png", "val/a/2.png", "b/1.png"], "ROOT/train holds 1 folders of classes, .*"),
@@ -178,10 +198,71 @@ def test_image_folders_are_refused(names, message, tmp_path):
     assert re.fullmatch(message, found), found
 
 
+def test_a_test_folder_without_classes_is_left_alone(tmp_path):
+    write(tmp_path, *[f"train/{name}/{number}.png" for name in "ab" for number in range(3)], "test/1.png", "test/2.png")
+    assert len(ImageFolder(path=tmp_path, in_chans=3)) == 6
+
+
+def test_parts_may_be_links_into_a_folder_beside_them(tmp_path):
+    """As where ImageNet lies in ILSVRC/Data/CLS-LOC."""
+    write(tmp_path, *[f"ILSVRC/{part}/{name}/1.png" for part in ("learn", "judge") for name in "ab"], "all/c/1.png")
+    (tmp_path / "train").symlink_to("ILSVRC/learn")
+    (tmp_path / "val").symlink_to("ILSVRC/judge")
+    for part in ("learn", "judge"):
+        (tmp_path / "ILSVRC" / part / "c").symlink_to(tmp_path / "all" / "c")
+    source = ImageFolder(path=tmp_path, in_chans=3)
+    assert labels_by_name(source) == {f"{part}/{name}/1.png": name for part in ("train", "val") for name in "abc"}
+
+
+def test_what_lies_beside_the_parts_is_not_even_listed(tmp_path, monkeypatch):
+    """It may be unreadable, as lost+found is, or large."""
+    write(tmp_path, *[f"{part}/{name}/1.png" for part in ("train", "val") for name in "ab"], "lost+found/1.png")
+    listed = os.walk
+
+    def walk(top, **options):
+        assert Path(top).name in ("train", "val")
+        return listed(top, **options)
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert len(ImageFolder(path=tmp_path, in_chans=3)) == 4
+
+
+@pytest.mark.parametrize("classes", [40, 120])
+def test_no_class_loses_all_its_images_to_validation(classes, tmp_path):
+    write(tmp_path, *[f"{name:03d}/{number}.png" for name in range(classes) for number in range(2)])
+    data = folders(tmp_path, val_images=512)
+    assert data.class_counts().tolist().count(0) == 0
+    train, held_out = data.split()
+    assert sorted([*train, *held_out]) == list(range(2 * classes))
+    assert classes * 2 // 5 * 0.6 < len(held_out) <= classes * 2 // 5
+    plain = set(ImageDataModule.hold_out(data, 2 * classes, classes * 2 // 5)[1])
+    assert set(held_out) < plain  # some are given back, none is taken instead
+
+
+def test_no_class_of_several_loses_all_its_images_to_validation(tmp_path):
+    write(tmp_path, *[f"{number}.png" for number in range(25)])
+    rows = [f"{number}.png,{'often;' if number % 2 else ''}rare{number // 2}" for number in range(25)]
+    (tmp_path / "labels.csv").write_text("image,label\n" + "\n".join(rows))
+    data = TableDataModule(path=str(tmp_path), table=str(tmp_path / "labels.csv"), multi_label=True, **OPTIONS)
+    train, held_out = data.split()
+    assert sorted([*train, *held_out]) == list(range(25))
+    assert 0 < len(held_out) < 5
+    counts = data.labels[train].sum(0)
+    assert [name for name, count in zip(data.class_names, counts, strict=True) if not count] in ([], ["rare12"])
+
+
+def test_something_stays_held_out_although_every_class_has_one_image(tmp_path):
+    write(tmp_path, *[f"{name}/1.png" for name in range(10)])
+    data = folders(tmp_path)
+    assert len(data.split()[1]) == 1
+    with pytest.raises(UserError, match=r"class '.' has no image to learn from"):
+        data.class_counts()
+
+
 def test_a_class_that_has_images_only_to_validate_with_is_refused(tmp_path):
     write(tmp_path, "train/a/1.png", "val/b/2.png")
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(UserError, match="class 'b' has no image to learn from"):
+    with pytest.raises(UserError, match=r"class '.' has no image to learn from"):
         folders(tmp_path).class_counts()
 
 

@@ -42,7 +42,7 @@ class Folder:
 
     def find_names(self) -> list[str]:
         """The paths of the images, below the folder."""
-        return sorted(_image_names(self.path, self.path, set()))
+        return sorted(image_names(self.path, self.path, set()))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -129,8 +129,8 @@ def _listed_names(file: Path, root: Path) -> list[str]:
 
 def _folder_names(folder: Path, root: Path, seen: set[str]) -> list[str]:
     _check_is_folder(folder)
-    names = list(_image_names(folder, root, seen))
-    if not names and next(_image_names(folder, root, set()), None) is None:  # not because another one holds it
+    names = list(image_names(folder, root, seen))
+    if not names and next(image_names(folder, root, set()), None) is None:  # not because another one holds it
         raise _no_image(folder)
     return names
 
@@ -145,8 +145,12 @@ def _no_image(folder: Path) -> UserError:
     return UserError(f"{folder} holds no image: looked in all its folders for {', '.join(EXTENSIONS)}")
 
 
-def _image_names(folder: Path, root: Path, seen: set[str]) -> Iterator[str]:
-    """The images below a folder, as paths that start from `root`; no folder that was seen, however it is reached."""
+def image_names(folder: Path, root: Path, seen: set[str]) -> Iterator[str]:
+    """The images below a folder, as paths that start from `root`; no folder that was seen, however it is reached.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions")

@@ -98,6 +98,23 @@ class LabelledDataModule(ImageDataModule):
             self._split = train if self.labelled.labels is None else self._chosen(train), held_out
         return self._split
 
+    def hold_out(self, count: int, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
+        """So many at random; a class that would lose all of its images to them gets one back."""
+        train, validation = super().hold_out(count, held_out)
+        labels = self.labelled.labels
+        if labels is None:
+            return train, validation
+        missing = set((self._counts(torch.as_tensor(train)) == 0).nonzero()[:, 0].tolist())
+        back = set[int]()
+        for index in validation if missing else ():
+            classes = set(labels[index].nonzero()[:, 0].tolist() if labels.ndim == 2 else [int(labels[index])])
+            if classes & missing and len(back) + 1 < len(validation):
+                missing -= classes
+                back.add(index)
+        if not back:
+            return train, validation
+        return sorted([*train, *back]), [index for index in validation if index not in back]
+
     def fingerprint(self) -> str:
         """Changes also when labels or the part to validate with change."""
         digest = hashlib.sha256(super().fingerprint().encode())
@@ -116,12 +133,16 @@ class LabelledDataModule(ImageDataModule):
         Raises:
             UserError: one has none.
         """
-        labels = self.train_labels()
-        counts = labels.sum(0) if self.is_multi_label else labels.bincount(minlength=len(self.class_names))
+        counts = self._counts(torch.as_tensor(self.split()[0]))
         for name, count in zip(self.class_names, counts.tolist(), strict=True):
             if not count:
                 raise UserError(f"class {name!r} has no image to learn from: add some, or leave the class out")
         return counts
+
+    def _counts(self, indices: Tensor) -> Tensor:
+        """(classes,) int64: how many of some images each class has."""
+        labels = self.labels[indices]
+        return labels.sum(0) if self.is_multi_label else labels.bincount(minlength=len(self.class_names))
 
     def weights(self) -> Tensor | None:
         """For balanced sampling: one over the size of the image's class.
