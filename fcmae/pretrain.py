@@ -5,6 +5,9 @@ from fcmae.stopping import watch
 if __name__ == "__main__":
     watch()  # before the imports below, which take seconds
 
+import shlex
+from typing import Any
+
 from omegaconf import DictConfig
 
 from fcmae.checkpoints.format import describe
@@ -38,8 +41,7 @@ def pretrain(config: DictConfig) -> None:
     check_choice(config, "strict", (True, False))
     if config.warm_start.decoder_steps is not None:
         check_whole(config, "warm_start.decoder_steps", least=0)
-    command = f"python -m fcmae.finetune +model={config.model.size} checkpoint={config.run_dir} data.path=DIR"
-    setting = run_setting(config, next_command=command)
+    setting = run_setting(config, next_command=_next_command(config))
 
     def parts(folder: RunFolder) -> Parts:
         data: ImageDataModule = build(config.data)
@@ -67,6 +69,23 @@ def pretrain(config: DictConfig) -> None:
         )
 
     train(setting, parts)
+
+
+def _next_command(config: DictConfig) -> str:
+    """Fine-tunes this network on the user's images: its shape, channels and size, where they are not the usual ones."""
+    model, data = config.model, config.data
+    options = [f"+model={model.size}"]
+    if model.size == "custom":
+        options += [f"model.depths={_listed(model.depths)}", f"model.dims={_listed(model.dims)}"]
+    if data.in_chans != 3:
+        options.append(f"data.in_chans={data.in_chans}")
+    if data.image_size != 224:
+        options.append(f"data.image_size={_listed(data.image_size)}")
+    return shlex.join(["python", "-m", "fcmae.finetune", *options, f"checkpoint={config.run_dir}", "data.path=DIR"])
+
+
+def _listed(value: Any) -> str:
+    return str(value).replace(" ", "")
 
 
 if __name__ == "__main__":
