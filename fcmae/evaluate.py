@@ -3,16 +3,13 @@
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor
 
 from fcmae.config_check import check_choice, check_kinds, check_whole
 from fcmae.data.folder import Folder
@@ -27,11 +24,10 @@ from fcmae.evaluation.linear_probe import linear_probe
 from fcmae.files import write_text
 from fcmae.inference.batches import Compute, outputs
 from fcmae.inference.features import FeatureCache, Features, feature_function, labelled_features, weights_digest
+from fcmae.inference.ground_truth import indices_of, labels_for
 from fcmae.inference.trained import Trained, load_trained
 from fcmae.launch import build, run
 from fcmae.run_inference import compute_options, image_sides, progress_bar, stage_numbers
-
-log = logging.getLogger("fcmae.evaluate")  # also where this is __main__
 
 
 def evaluate(config: DictConfig) -> None:
@@ -42,6 +38,7 @@ def evaluate(config: DictConfig) -> None:
     """
     check_choice(config, "split", ("val", "train", "all"))
     check_choice(config, "probe", (None, "knn", "linear"))
+    check_choice(config, "classes", ("by_name", "by_order"))
     check_whole(config, "seed", least=0, most=2**32 - 1)
     compute = compute_options(config)
     config.knn.k = [config.knn.k] if isinstance(config.knn.k, int) else config.knn.k
@@ -51,24 +48,27 @@ def evaluate(config: DictConfig) -> None:
     out = _out(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"out={config.out} is a file: name a folder")
+    if (out / "checkpoints").is_dir():
+        raise UserError(f"out={config.out} is the folder of a run: name another")
     trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
     data = _data(config, trained)
+    what = {
+        "checkpoint": str(trained.source.file),
+        "weights": f"{'moving average' if trained.source.average else 'weights'} ({trained.source.kind})",
+        "data": {key: value for key, value in OmegaConf.to_container(config.data).items() if key in _PLACES},
+        "split": config.split if config.probe is None else "val, learning from train",
+        "image_size": list(trained.preparation.image_size),
+        "probe": config.probe,
+    }
+    if config.out is None:
+        _check_same(out, what)
     compute.place(trained.net)
     broken, found = Broken(), dict[str, Any]()
     if config.probe is None:
         report = _classify(config, trained, data, compute, broken)
     else:
         report, found = _probe(config, trained, data, stages, compute, broken)
-    about = {
-        "checkpoint": str(trained.source.file),
-        "weights": f"{'moving average' if trained.source.average else 'weights'} ({trained.source.kind})",
-        "data": {key: value for key, value in OmegaConf.to_container(config.data).items() if key in ("path", "table")},
-        "split": config.split if config.probe is None else "val, learning from train",
-        "image_size": list(trained.preparation.image_size),
-        "skipped": [name for name, _ in broken],
-        "probe": config.probe,
-        **found,
-    }
+    about = {**what, "skipped": [name for name, _ in broken], **found}
     without_picture = report.save(out)
     write_text(out / "about.json", json.dumps(about, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
@@ -84,19 +84,47 @@ def evaluate(config: DictConfig) -> None:
         console.print(line, markup=False) if line else None
 
 
+_PLACES = ("path", "val_path", "table")
+"""Where images are, among the options of their source."""
+
 Broken = list[tuple[str, str]]
 """(sample id, reason) of images that could not be read."""
 
 
 def _out(config: DictConfig) -> Path:
-    """The folder of the results: as given, or named after the run that the checkpoint is of."""
+    """The folder of the results: as given, or named after the run that the checkpoint is of, and what is unusual."""
     if config.out is not None:
         return Path(config.out)
-    place = Path(config.checkpoint).resolve()
-    place = place.parent if place.is_file() else place
+    place, more = Path(config.checkpoint).resolve(), []
+    if place.is_file() or place.suffix == ".ckpt":  # a folder, where it is sharded
+        place, more = place.parent, [place.stem]
     place = place.parent if place.name in ("checkpoints", "exported") else place
-    probe = "" if config.probe is None else f"-{config.probe}"
-    return Path("outputs/evaluate") / f"{place.parent.name}-{place.name}{probe}"
+    sides = image_sides(config.image_size)
+    if sides is not None:
+        more.append(str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}")
+    if config.split != "val" and config.probe is None:
+        more.append(config.split)
+    if config.probe is not None:
+        more.append(config.probe)
+    return Path("outputs/evaluate") / "-".join([place.parent.name, place.name, *more])
+
+
+def _check_same(out: Path, what: dict[str, Any]) -> None:
+    """Refuses to write over the results of another evaluation.
+
+    Raises:
+        UserError: says in what it differs.
+    """
+    try:
+        earlier = json.loads((out / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for key, value in what.items():
+        if earlier.get(key) != value:
+            raise UserError(
+                f"{out} holds the results of another evaluation ({key}: {earlier.get(key)}, now {value}): "
+                "name a folder, out=DIR"
+            )
 
 
 def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
@@ -124,16 +152,10 @@ def _classify(
     """The network's own classifier on one part of the images."""
     if not trained.class_names:
         raise UserError(f"{trained.source.file} holds no classifier: add probe=knn or probe=linear, or fine-tune it")
-    held_out = data.labelled.held_out
-    if config.split == "all":
-        indices: Sequence[int] = range(len(data.source))
-    elif config.split == "val" and held_out is not None:
-        indices = held_out  # whatever there is to learn from
-    else:
-        indices = data.split()[config.split == "val"]
+    indices = indices_of(config.split, data, trained)
     metrics = ClassificationMetrics(len(trained.class_names), multi_label=trained.multi_label)
     metrics.to(compute.torch_device)
-    labels = _labels(trained, data)
+    labels = labels_for(trained, data, by_order=config.classes == "by_order")
     with progress_bar() as bar:
         task = bar.add_task(config.split, total=len(indices))
         for output in outputs(
@@ -143,34 +165,6 @@ def _classify(
             assert output.labels is not None
             metrics.update(output.values, output.labels)
     return metrics.compute(trained.class_names)
-
-
-def _labels(trained: Trained, data: LabelledDataModule) -> Tensor:
-    """The data's labels, by the classifier's numbers."""
-    names, theirs = list(trained.class_names), data.class_names
-    if data.is_multi_label != trained.multi_label:
-        kinds = ("one label per image", "several labels per image")
-        raise UserError(
-            f"{trained.source.file} knows {kinds[trained.multi_label]}, the data has {kinds[data.is_multi_label]}: "
-            "evaluate it on images that are labelled as those of its training"
-        )
-    if names == theirs:
-        return data.labels
-    if trained.source.description is None and len(names) == len(theirs) and set(names) != set(theirs):
-        log.warning("%s does not name its classes: they are taken in the order of the data's", trained.source.file)
-        return data.labels
-    unknown = [name for name in theirs if name not in names]
-    if unknown:
-        raise UserError(
-            f"class {unknown[0]!r} of the data is none of the {len(names)} that {trained.source.file} knows "
-            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}): rename or leave out its images"
-        )
-    places = torch.tensor([names.index(name) for name in theirs])
-    if not data.is_multi_label:
-        return places[data.labels]
-    labels = torch.zeros(len(data.labels), len(names), dtype=torch.bool)
-    labels[:, places] = data.labels
-    return labels
 
 
 def _probe(
