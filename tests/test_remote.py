@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -22,8 +24,8 @@ from test_webdataset import data_module, index_beside, pixels, write_shard, writ
 from fcmae import UserError
 from fcmae.data.patience import insist
 from fcmae.data.remote import RemoteCache
-from fcmae.data.shard_index import Shard, write_index
 from fcmae.data.webdataset import WebDataset
+from fcmae.errors import TransientError
 
 
 class Server:
@@ -31,13 +33,15 @@ class Server:
 
     Attributes:
         faults: by file name, what is to go wrong with the next GETs: 503, 403, cut (half of it, then nothing), short
-            (half of it, as if that were all) or stall (half of it, then silence).
+            (half of it, as if that were all), garbled (other bytes every time) or stall (half of it, then silence).
+        tells_length: whether it says how long a file is.
         gets: by file name, how often it was asked for.
     """
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.gets: Counter[str] = Counter()
+        self.tells_length = True
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,11 +64,14 @@ class Server:
                 content = path.read_bytes()
                 half = content[: len(content) // 2]
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(half if fault == "short" else content)))
+                if server.tells_length:
+                    self.send_header("Content-Length", str(len(half if fault == "short" else content)))
                 self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
                 self.end_headers()
                 if head:
                     return
+                if fault == "garbled":
+                    half = content[:-8] + os.urandom(8)
                 with contextlib.suppress(ConnectionError):
                     self.wfile.write(half if fault else content)
                     self.wfile.flush()
@@ -159,18 +166,19 @@ def test_a_folder_of_a_server_is_known_by_its_index(server, tmp_path):
     [
         ("503", "ClientResponseError: 503"),
         ("cut", "ClientPayloadError: "),
-        ("short", r"ValueError: \d+ bytes came, not"),
+        ("garbled", "ValueError: its sha256 is [0-9a-f]{64}, not "),
     ],
 )
 def test_after_some_tries_it_gives_up_in_one_line(fault, reason, server, tmp_path):
-    write_shards(tmp_path / "www" / "in", 1)
-    index_beside(tmp_path / "www" / "in")
+    (path,) = write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     server.faults["x-000.tar"] = [fault] * 9
     images = source(f"{server.url}/in", cache(tmp_path))
     with pytest.raises(
         UserError, match=rf"{server.url}/in/x-000.tar could not be fetched in 3 tries, at last {reason}"
     ) as e:
         images.open(0)
+    assert isinstance(e.value, TransientError)
     assert "\n" not in str(e.value)
     assert server.gets["x-000.tar"] == 3
     assert not whole_files(tmp_path)
@@ -200,14 +208,66 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch):
         source("xyz://host/x.tar", cache(tmp_path))
 
 
-def test_a_shard_that_changed_on_its_way_is_refused(server, tmp_path):
-    path = write_shards(tmp_path / "www" / "in", 1)[0]
-    index_beside(tmp_path / "www" / "in", sha256="0" * 64)
-    with pytest.raises(UserError, match=r"3 tries, at last ValueError: its sha256 is not 0000"):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"sha256": "0" * 64}, r"its sha256 is [0-9a-f]{64}, not 0{64}"), ({"size": 77}, r"\d{4,} bytes came, not 77")],
+)
+def test_a_shard_that_is_not_what_its_index_says_is_fetched_twice(changes, reason, server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in", **changes)
+    images = source(f"{server.url}/in", cache(tmp_path, tries=7))
+    with pytest.raises(UserError, match=rf"in/x-000.tar is not what its index, or .* \(twice {reason}\): write") as e:
+        images.open(0)
+    assert not isinstance(e.value, TransientError)  # no other try helps
+    assert "\n" not in str(e.value)
+    assert server.gets["x-000.tar"] == 2
+    assert not whole_files(tmp_path)
+    assert not list((tmp_path / "cache").glob(".*.part"))
+
+
+def test_a_server_that_does_not_say_how_long_a_shard_is_may_cut_it_once(server, tmp_path, caplog):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in", size=None)
+    server.tells_length = False
+    server.faults["x-000.tar"] = ["short"]
+    with caplog.at_level(logging.WARNING):
+        assert pictures(source(f"{server.url}/in", cache(tmp_path)), range(6))
+    assert "x-000.tar ends at byte" in caplog.text
+    assert server.gets["x-000.tar"] == 2
+    assert pictures(source(f"{server.url}/in", cache(tmp_path)), range(6))
+    assert server.gets["x-000.tar"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"x-000.tar ends at byte \d+, after "),
+        ({"samples": 7, "labels": None}, "x-000.tar holds 6 samples, not 7 as its index says: "),
+        ({"labels": [0, 1, 2, 0, 2, 2]}, "sample 4 of shard .*/x-000.tar is of class 1, not 2 as it was indexed "),
+    ],
+)
+def test_what_is_refused_is_not_kept(changes, message, server, tmp_path):
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in", **{"size": None, **changes})
+    server.tells_length = False
+    server.faults["x-000.tar"] = [] if changes else ["short", "short"]
+    with pytest.raises(UserError, match=message):
         source(f"{server.url}/in", cache(tmp_path)).open(0)
-    (tmp_path / "www" / "in" / "index.json").write_text(write_index([Shard(path.name, 6, 77)], []))
-    with pytest.raises(UserError, match=r"at last ValueError: \d+ bytes came, not 77"):
-        source(f"{server.url}/in", cache(tmp_path)).open(0)
+    assert server.gets["x-000.tar"] == 2
+    assert not whole_files(tmp_path)
+    index_beside(tmp_path / "www" / "in", size=None)
+    assert pictures(source(f"{server.url}/in", cache(tmp_path)), range(6))
+
+
+def test_what_was_kept_cut_short_is_fetched_again(server, tmp_path):
+    (path,) = write_shards(tmp_path / "www", 1)
+    images = source(f"{server.url}/{path.name}", cache(tmp_path))
+    (kept,) = whole_files(tmp_path)
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1024].rstrip(b"\0").ljust(len(whole), b"x"))  # of the same size
+    assert pictures(images, range(6))
+    assert whole_files(tmp_path) == [kept]
+    assert kept.read_bytes() == whole
 
 
 def test_a_shard_that_changed_on_its_server_is_fetched_again(server, tmp_path):
@@ -372,12 +432,43 @@ def test_a_cached_file_of_another_size_is_fetched_again(tmp_path):
         assert file.read() == path.read_bytes()
 
 
+def test_only_the_very_file_is_discarded(tmp_path):
+    (path,) = write_shards(tmp_path / "www", 1)
+    kept, url = cache(tmp_path), f"file://{path}"
+
+    def fetched() -> BinaryIO:
+        return kept.open(url, version="", size=None, sha256=None)
+
+    first = fetched()
+    (place,) = whole_files(tmp_path)
+    place.unlink()
+    kept.discard(first, url, version="")  # another process was faster
+    assert first.closed
+    first = fetched()
+    place.unlink()
+    second = fetched()
+    kept.discard(first, url, version="")
+    assert whole_files(tmp_path) == [place]
+    kept.discard(second, url, version="")
+    assert not whole_files(tmp_path)
+
+
 def test_a_cache_that_cannot_be_written(server, tmp_path):
     path = write_shards(tmp_path / "www" / "in", 1)[0]
     (tmp_path / "file").write_text("")
     kept = RemoteCache(folder=tmp_path / "file" / "cache", gib=1)
     with pytest.raises(UserError, match=r"data.cache_dir=.*file/cache cannot be used \(Not a directory\): free space"):
         kept.open(f"{server.url}/in/{path.name}", version="", size=None, sha256=None)
+
+
+def test_remote_shards_need_a_folder(server, tmp_path, monkeypatch):
+    write_shards(tmp_path / "www" / "in", 2)
+    index_beside(tmp_path / "www" / "in")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    data = data_module(tmp_path / "x", cache_dir=None)
+    data.path = f"{server.url}/in"
+    with pytest.raises(UserError, match=r"there is no folder to keep shards in \(.*\): name one, data.cache_dir=DIR"):
+        data.split()
 
 
 # -- S3 --

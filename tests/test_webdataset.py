@@ -85,7 +85,7 @@ def source(path: Any, cache: Path, *, val_path: Any = None, most_open: int = 4) 
 
 
 def data_module(path: Path, **options: Any) -> WebDatasetDataModule:
-    return WebDatasetDataModule(path=str(path), cache_dir=str(path.parent / "cache"), **{**OPTIONS, **options})
+    return WebDatasetDataModule(path=str(path), **{**OPTIONS, "cache_dir": str(path.parent / "cache"), **options})
 
 
 def index_beside(folder: Path, **changes: Any) -> None:
@@ -204,6 +204,42 @@ def test_a_broken_picture_is_replaced_and_named(tmp_path):
     assert sample.broken[1][1] == "ValueError: no picture among b.json"
 
 
+@pytest.mark.parametrize(
+    ("members", "taken"),
+    [
+        (["0.image.jpg", "0.label.cls"], "0.image.jpg"),
+        (["0.Image.PNG", "0.cls"], "0.Image.PNG"),
+        (["0.mask.png", "0.png", "0.fine.cls", "0.cls"], "0.png"),
+        (["0.embedding.npy", "0.jpg", "0.cls"], "0.jpg"),
+        (["0.a.jpg", "0.b.png", "0.a.cls", "0.b.cls"], "0.a.jpg"),
+    ],
+)
+def test_the_last_extension_says_what_a_member_is(members, taken, tmp_path):
+    """As in WebDataset's decoders; what has no other extension goes before."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, name in enumerate(members):
+            content = str(number).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with (tmp_path / "x.tar").open("rb") as file:
+        shard = TarShard(file, name="x.tar")
+        assert shard.picture(0) == (taken, str(members.index(taken)).encode())
+        plain = [name for name in members if name.endswith("cls") and name.count(".") == 1]
+        classes = plain or [name for name in members if name.endswith("cls")]
+        assert shard.label(0) == members.index(classes[0])
+
+
+def test_an_image_of_two_extensions_is_decoded(tmp_path):
+    content = png(3)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("0.image.png")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    images = source(tmp_path / "x.tar", tmp_path / "cache")
+    assert np.array_equal(np.asarray(images.open(0).decode()), pixels(3))
+
+
 def test_equal_file_names_are_told_apart(tmp_path):
     for folder in ("p/one", "p/two"):
         write_shard(tmp_path / folder / "x.tar", range(2))
@@ -297,6 +333,41 @@ def test_an_index_that_disagrees_is_refused(changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         source(tmp_path / "in", tmp_path / "cache").open(0)
     assert "\n" not in str(error.value)
+
+
+def test_labels_mended_in_a_shard_but_not_in_its_index_are_refused(tmp_path):
+    paths = write_shards(tmp_path / "in", 2)
+    index_beside(tmp_path / "in")
+    write_shard(paths[1], range(6, 12), cls=lambda number: b"2" if number == 9 else str(number % 3).encode())
+    images = source(tmp_path / "in", tmp_path / "cache")
+    images.open(0)
+    with pytest.raises(
+        UserError, match=r"^sample 3 of shard .*x-001.tar is of class 2, not 0 as it was indexed or counted: write "
+    ) as error:
+        images.open(6)
+    assert "\n" not in str(error.value)
+    data = data_module(tmp_path / "in", read_labels=False)
+    assert len(list(data.train_dataloader())) == 10 // 3  # labels that are not read may be anything
+
+
+def test_an_index_may_have_labels_where_a_shard_has_none(tmp_path):
+    path = write_shard(tmp_path / "in" / "x.tar", range(3))
+    listed = [Shard(path.name, 3, None, None, [0, 1, 1])]
+    (tmp_path / "in" / "index.json").write_text(write_index(listed, ["a", "b"]))
+    images = source(tmp_path / "in", tmp_path / "cache")
+    images.open(0)
+    assert images.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_local_shards_need_no_folder_of_the_user(indexed, tmp_path, monkeypatch):
+    write_shards(tmp_path / "in", 2)
+    if indexed:
+        index_beside(tmp_path / "in")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # as without a home
+    data = data_module(tmp_path / "in", cache_dir=None)
+    assert data.sharded.shard_sizes == [6, 6]
+    assert len(list(data.train_dataloader())) == 10 // 3
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"wids_version": 2}', b'{"wids_version": 1, "shardlist": [{}]}'])

@@ -42,17 +42,25 @@ class RemoteCache:
     """Whole remote files in a folder that all processes of this machine may share.
 
     Args:
-        folder: made when first needed.
+        folder: made when first needed; None for the user's own, which local shards can do without.
         gib: least recently used files are deleted as soon as all of them are larger than so many GiB. The newest is
             always kept, and so is, on POSIX, what a process has open.
         tries: see `insist`.
         first_wait: see `insist`.
     """
 
-    folder: Path
+    folder: Path | None
     gib: float
     tries: int = TRIES
     first_wait: float = FIRST_WAIT
+
+    def where(self) -> Path:
+        """The folder.
+
+        Raises:
+            UserError: nobody named one, and the user has none.
+        """
+        return self.folder or default_cache()
 
     def open(self, url: str, *, version: str, size: int | None, sha256: str | None) -> BinaryIO:
         """The file, fetched unless it is there.
@@ -66,25 +74,33 @@ class RemoteCache:
         Raises:
             UserError: it cannot be fetched, or what comes is something else.
         """
-        digest = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
-        place = self.folder / f"shard-{digest}.tar"
+        place = self._place(url, version)
         part = place.with_name(f".{place.name}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f".{place.name}.lock"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(place):
                 kept = _open_kept(place, size)
                 if kept is not None:
                     return kept
-                self.insist(url, lambda: _download(url, part, size, sha256))
+                self._fetch(url, part, size, sha256)
                 file = part.open("rb")  # before others can see it and, short of space, delete it
                 part.replace(place)
         except OSError as error:
             raise UserError(
-                f"data.cache_dir={self.folder} cannot be used ({error.strerror or error}): free space there, or name "
+                f"data.cache_dir={place.parent} cannot be used ({error.strerror or error}): free space there, or name "
                 "another folder"
             ) from error
         self._shrink(keep=place, room=self.gib * 2**30 - os.fstat(file.fileno()).st_size)
         return file
+
+    def discard(self, file: BinaryIO, url: str, *, version: str) -> None:
+        """Closes a file that `open` gave and that is of no use, and deletes it unless another has taken its place."""
+        place = self._place(url, version)
+        with file, contextlib.suppress(OSError), _lock(place):
+            same = os.path.samestat(os.fstat(file.fileno()), place.stat())
+            file.close()  # Windows deletes nothing that is open
+            if same:
+                place.unlink()
 
     def read(self, url: str) -> bytes | None:
         """A small file, not cached; None if there is none.
@@ -125,12 +141,39 @@ class RemoteCache:
         """See `fcmae.data.patience.insist`."""
         return insist(url, attempt, tries=self.tries, first_wait=self.first_wait)
 
+    def _place(self, url: str, version: str) -> Path:
+        digest = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
+        return self.where() / f"shard-{digest}.tar"
+
+    def _fetch(self, url: str, part: Path, size: int | None, sha256: str | None) -> None:
+        """Downloads a file. A server may cut or garble one now and then, but hardly twice alike."""
+        came: list[str] = []
+
+        def attempt() -> None:
+            system, path = _file_system(url)
+            system.get_file(path, str(part))
+            wrong = _difference(part, size, sha256)
+            if wrong in came:
+                raise UserError(
+                    f"{url} is not what its index, or else its server, said of it (twice {wrong}): write the index "
+                    "anew, or put the shard back"
+                )
+            if wrong:
+                came.append(wrong)
+                raise ValueError(wrong)
+
+        try:
+            self.insist(url, attempt)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
     def _shrink(self, keep: Path, room: float) -> None:
         """Deletes what was not used for longest, and the half files of processes that were killed."""
-        for part in self.folder.glob(".shard-*.tar.part"):
+        for part in keep.parent.glob(".shard-*.tar.part"):
             if time.time() - _modified(part) > _ABANDONED:
                 part.unlink(missing_ok=True)
-        files = sorted((path for path in self.folder.glob("shard-*.tar") if path != keep), key=_modified)
+        files = sorted((path for path in keep.parent.glob("shard-*.tar") if path != keep), key=_modified)
         for path in reversed(files):  # the newest first
             try:
                 room -= path.stat().st_size
@@ -159,18 +202,18 @@ def _open_kept(place: Path, size: int | None) -> BinaryIO | None:
     return file
 
 
-def _download(url: str, part: Path, size: int | None, sha256: str | None) -> None:
-    system, path = _file_system(url)
-    try:
-        system.get_file(path, str(part))
-        found = part.stat().st_size
-        if size not in (None, found):
-            raise ValueError(f"{found} bytes came, not {size}")
-        if sha256 is not None and _sha256(part) != sha256:
-            raise ValueError(f"its sha256 is not {sha256}, which the index says")
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+def _lock(place: Path) -> FileLock:
+    """Held by whoever fetches or discards a file of the cache."""
+    return FileLock(place.with_name(f".{place.name}.lock"))
+
+
+def _difference(part: Path, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a file; empty if it is as it should be."""
+    found = part.stat().st_size
+    if size not in (None, found):
+        return f"{found} bytes came, not {size}"
+    digest = sha256 if sha256 is None else _sha256(part)
+    return "" if digest == sha256 else f"its sha256 is {digest}, not {sha256}"
 
 
 def _file_system(url: str) -> tuple[Any, str]:

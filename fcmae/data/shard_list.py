@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -154,20 +154,21 @@ class ShardList:
         if not shards:
             return []
         asked = json.dumps([(shard.url, shard.size, shard.version) for shard in shards])
-        notes = self._cache.folder / f"counts-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            counts = json.loads(notes.read_text(encoding="utf-8"))
+        name = f"counts-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no folder is a ValueError, too
+            counts = json.loads((self._cache.where() / name).read_text(encoding="utf-8"))
             return [shard._replace(samples=n, labels=labels) for shard, (n, labels) in zip(shards, counts, strict=True)]
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             jobs = threads.map(self._count, shards)
             counted = list(_shown(jobs, len(shards)))
         with contextlib.suppress(OSError, UserError):  # where nothing can be kept, they are counted again next time
-            notes.parent.mkdir(parents=True, exist_ok=True)
-            write_text(notes, json.dumps([(shard.samples, shard.labels) for shard in counted]))
+            folder = self._cache.where()
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / name, json.dumps([(shard.samples, shard.labels) for shard in counted]))
         return counted
 
     def _count(self, shard: Shard) -> Shard:
-        tar = TarShard(open_shard(shard, self._cache), name=shard.url)
+        tar = open_tar(shard, self._cache)
         labels = [tar.label(place) for place in range(len(tar))]
         tar.close()
         return shard._replace(samples=len(tar), labels=labels if set(labels) - {None} else None)
@@ -196,6 +197,35 @@ def open_shard(shard: Shard, cache: RemoteCache) -> BinaryIO:
     except OSError as error:
         kind = UserError if isinstance(error, PermissionError) else TransientError  # it was there a moment ago
         raise kind(f"shard {shard.url} cannot be opened: {error.strerror}; mend that, or name others") from error
+
+
+def open_tar(shard: Shard, cache: RemoteCache, check: Callable[[TarShard], None] | None = None) -> TarShard:
+    """The samples of a shard. What the cache kept and is refused is fetched once more: it may have come cut short.
+
+    Args:
+        shard: where it is.
+        cache: of remote shards.
+        check: raises a `UserError` if the samples are not those that they should be.
+
+    Raises:
+        UserError: it cannot be opened or fetched, is no tar, or is refused by `check`.
+    """
+    remote = is_remote(shard.url)
+    for last in (False, True) if remote else (True,):
+        file = open_shard(shard, cache)
+        try:
+            tar = TarShard(file, name=shard.url)
+            if check is not None:
+                check(tar)
+            return tar
+        except UserError as error:
+            if remote:
+                cache.discard(file, shard.url, version=shard.version)
+            file.close()
+            if last:
+                raise
+            log.warning("%s; it is fetched once more", error)
+    raise AssertionError(shard.url)
 
 
 def _shown(jobs: Iterable[Shard], count: int) -> Iterable[Shard]:

@@ -1,6 +1,7 @@
 """Images and their labels in a table: one class per image, or any number of them."""
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class Table(Folder):
                 raise UserError(
                     f"{self.table} has no column {column!r}, only {', '.join(columns) or 'none'}: name it in line 1"
                 )
+        base = os.path.join(os.path.abspath(self.path), "")  # noqa: PTH100, PTH118
         names: dict[str, None] = {}
         for row in rows:
             where = f"{self.table}, line {rows.line_num}"
@@ -84,6 +86,7 @@ class Table(Folder):
                 raise UserError(f"{where}: {label!r} are several labels; add data.multi_label=true, or leave one")
             if split not in _SPLITS:
                 raise UserError(f"{where}: split {split!r} is unknown: use train or val")
+            name = os.path.normpath(name).removeprefix(base)  # one name, however it is written
             if name in names:
                 raise UserError(f"{where}: {name} stands there a second time: remove the line")
             if _SPLITS[split]:

@@ -3,7 +3,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
@@ -32,7 +32,8 @@ class TarShard:
     """The samples of one open shard.
 
     A sample is the consecutive members of one name up to the first dot after the last slash. Its picture is the first
-    of them with an extension that `open_picture` knows, its class the number in `.cls`.
+    of them with an extension that `open_picture` knows, its class the number in `.cls`. As in WebDataset, the last
+    extension of several (`.image.jpg`) says what a member is; one with a single extension goes before.
 
     Args:
         file: the open tar; closed with the shard.
@@ -65,15 +66,14 @@ class TarShard:
         Raises:
             ValueError: the sample has none.
         """
-        sample = self._samples[place]
-        for extension, member in sample.items():
-            if f".{extension}" in EXTENSIONS:
-                return member.name, self._read(member)
-        raise ValueError(f"no picture among {', '.join(member.name for member in sample.values())}")
+        member = self._find(place, EXTENSIONS)
+        if member is None:
+            raise ValueError(f"no picture among {', '.join(each.name for each in self._samples[place].values())}")
+        return member.name, self._read(member)
 
     def label(self, place: int) -> int | None:
         """The class; None if there is none, or it is no whole number from 0 to below `LABEL_LIMIT`."""
-        member = self._samples[place].get("cls")
+        member = self._find(place, (".cls",))
         text = b"" if member is None else self._read(member).strip()
         label = int(text) if text.isdigit() and len(text) <= _DIGITS else LABEL_LIMIT
         return label if label < LABEL_LIMIT else None
@@ -81,6 +81,13 @@ class TarShard:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _find(self, place: int, endings: Collection[str]) -> Member | None:
+        sample = self._samples[place]
+        for extension in sorted(sample, key=lambda extension: "." in extension):  # else in the order of the tar
+            if f".{extension.rpartition('.')[2]}" in endings:
+                return sample[extension]
+        return None
 
     def _read(self, member: Member) -> bytes:
         self._file.seek(member.start)

@@ -14,10 +14,10 @@ from torch import Tensor
 from fcmae.data.decoding import open_picture
 from fcmae.data.fetch_ahead import FetchAhead
 from fcmae.data.picture import Picture
-from fcmae.data.remote import RemoteCache, default_cache, is_remote
+from fcmae.data.remote import RemoteCache, is_remote
 from fcmae.data.sampler import Forecast
 from fcmae.data.shard_index import Shard, file_name
-from fcmae.data.shard_list import ShardList, open_shard
+from fcmae.data.shard_list import ShardList, open_shard, open_tar
 from fcmae.data.sharded import Places, ShardedDataModule
 from fcmae.data.source import check_channels
 from fcmae.data.tar_shard import TarShard
@@ -122,7 +122,7 @@ class WebDataset:
     def _opened(self, number: int) -> TarShard:
         if self._opened_by != os.getpid():  # a fork shares the place in its files with its parent
             self._open, self._opened_by = OrderedDict(), os.getpid()
-        tar = self._open.pop(number, None) or self._open_anew(self._shards[number])
+        tar = self._open.pop(number, None) or self._open_anew(number)
         self._open[number] = tar
         if len(self._open) > self._most_open:
             self._open.popitem(last=False)[1].close()
@@ -149,15 +149,27 @@ class WebDataset:
             )
         return names or [str(number) for number in range(largest + 1)]
 
-    def _open_anew(self, shard: Shard) -> TarShard:
-        tar = TarShard(open_shard(shard, self._cache), name=shard.url)
+    def _open_anew(self, number: int) -> TarShard:
+        return open_tar(self._shards[number], self._cache, lambda tar: self._check(tar, number))
+
+    def _check(self, tar: TarShard, number: int) -> None:
+        """Refuses samples that the index tells otherwise: a run learns the labels of the index."""
+        shard = self._shards[number]
         if len(tar) != shard.samples:
-            tar.close()
             raise UserError(
                 f"shard {shard.url} holds {len(tar)} samples, not {shard.samples} as its index says: fetch the shard "
                 "again, or delete the index"
             )
-        return tar
+        if self.labels is None:
+            return
+        first = sum(self.shard_sizes[:number])
+        for place, known in enumerate(self.labels[first : first + shard.samples].tolist()):
+            label = tar.label(place)
+            if label not in (None, known):
+                raise UserError(
+                    f"sample {place} of shard {shard.url} is of class {label}, not {known} as it was indexed or "
+                    "counted: write the index anew, or put the shard back"
+                )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -184,17 +196,20 @@ class WebDatasetDataModule(ShardedDataModule):
             raise UserError(f"data.cache_gib={self.cache_gib} must be above 0")
 
     def load_source(self) -> WebDataset:
-        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        cache = RemoteCache(folder=folder, gib=self.cache_gib)
         source = WebDataset(
             path=self.path,
             val_path=self.val_path,
             in_chans=self.in_chans,
-            cache=RemoteCache(folder=folder, gib=self.cache_gib),
+            cache=cache,
             most_open=2 * self.mixed_shards,  # those mixed now, and those that other samples of a batch come from
             read_labels=self.read_labels,
         )
-        if source.is_local:  # other shards would be fetched
-            check_channels(source)
+        if source.is_local:
+            check_channels(source)  # other shards would be fetched
+        else:
+            cache.where()  # refused now if there is none, rather than in the midst of the run
         return source
 
     def forecast(self, indices: Sequence[int]) -> Forecast | None:
