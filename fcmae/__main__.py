@@ -3,6 +3,7 @@
 import difflib
 import runpy
 import sys
+from pathlib import Path
 
 VERBS = {
     "pretrain": "pre-train a ConvNeXt V2 on your images",
@@ -34,6 +35,8 @@ def main() -> None:
         hint = f"; did you mean {close[0]}?" if close else ""
         sys.exit(_refuse(f"{verb!r} is not one of {', '.join(VERBS)}{hint}"))
     sys.argv = [f"fcmae {verb}", *arguments[1:]]
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # Python 3.10 does not know safe_path
+        sys.path.insert(0, str(Path.cwd()))  # where -m finds classes of one's own
     runpy.run_module(f"fcmae.{verb}", run_name="__main__", alter_sys=True)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from omegaconf import DictConfig, OmegaConf
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, in_a_line
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -50,9 +50,9 @@ def check_config(config: DictConfig, known: set[str]) -> None:
         for name in (key, *names):
             if name not in known:
                 raise UserError(f"{name} is not an option{closest(name, below or known)}")
-    for name, node in _targets(plain, ""):
-        if str(node["_target_"]).startswith(("fcmae.", "lightning.")):
-            _check_node(name, node)
+    # `masking`, which is typed, before `model.masking`, which follows from it.
+    for name, node in sorted(_targets(plain, ""), key=lambda found: found[0].count(".")):
+        _check_node(name, node)
 
 
 def check_whole(config: DictConfig, name: str, least: int, most: int | None = None) -> None:
@@ -146,21 +146,49 @@ def _targets(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_node(name: str, node: dict[str, Any]) -> None:
-    module, _, attribute = str(node["_target_"]).rpartition(".")
+    path = str(node["_target_"])
+    attribute = path.rpartition(".")[2]
     try:
-        target = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}._target_={node['_target_']} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters
+        target = _located(path)
+    except ImportError as error:
+        raise UserError(f"{name}._target_={path} cannot be imported: {in_a_line(error)}") from error
+    if not callable(target):
+        raise UserError(f"{name}._target_={path} is no class or function: name one")
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some that are written in C do not tell
+        return
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    ours = module.startswith("fcmae.")  # others' annotations may need names that only they know
+    ours = path.startswith("fcmae.")  # others' annotations may need names that only they know
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True) if ours else {}
     for key, value in node.items():
         if str(key).startswith("_"):
             continue
         if key not in parameters and not takes_any:
-            raise UserError(f"{name}.{key} is not an option of {attribute}{closest(key, list(parameters))}")
+            # Of a class of one's own it may be in the YAML that another class was chosen from.
+            left_out = "" if path.startswith(("fcmae.", "lightning.")) else f"; ~{name}.{key} leaves it out"
+            raise UserError(f"{name}.{key} is not an option of {attribute}{closest(key, list(parameters))}{left_out}")
         _check_kind(f"{name}.{key}", value, hints.get(key, Any))
+
+
+def _located(path: str) -> Any:
+    """What `module.name` means, also where the module is a class: `module.Class.method`.
+
+    Raises:
+        ImportError: there is no such thing. Other errors of a module are its author's, who needs the traceback.
+    """
+    module, _, attribute = path.rpartition(".")
+    if not module or not all(part.isidentifier() for part in path.split(".")):
+        raise ImportError("it is not of the form module.Class")
+    try:
+        holder = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module or "." not in module:  # else it may be a class
+            raise
+        holder = _located(module)
+    if not hasattr(holder, attribute):
+        raise ImportError(f"{module} has no {attribute}{closest(attribute, dir(holder))}")
+    return getattr(holder, attribute)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:

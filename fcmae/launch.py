@@ -93,22 +93,34 @@ def _explained(verb: str, folder: Path) -> Iterator[None]:
 
 
 def build(node: DictConfig, **overrides: Any) -> Any:
-    """Hydra's instantiate, with our own errors coming out as they are.
+    """Hydra's instantiate, with the errors of what is built coming out as they are.
 
     Raises:
-        UserError: ours; a package that is missing; options that another library's class refuses.
+        UserError: ours; a package that is missing; options that a function or class does not take, or that Lightning
+            refuses.
     """
     try:
         return hydra.utils.instantiate(node, _convert_="all", **overrides)
     except InstantiationException as error:
-        cause, target = error.__cause__, str(node.get("_target_", ""))
+        cause = error.__cause__
+        if cause is None:
+            raise UserError(in_a_line(error)) from error
         if isinstance(cause, UserError):
             raise cause from None
+        target = _failing(error, str(node.get("_target_", "")))
         if isinstance(cause, ModuleNotFoundError):
-            raise UserError(f"{target or 'a choice'} needs a package: {cause}") from error
-        if cause is not None and not target.startswith("fcmae."):
+            raise UserError(f"{target} needs a package: {cause}") from error
+        not_called = isinstance(cause, TypeError) and cause.__traceback__ and cause.__traceback__.tb_next is None
+        if not_called or target.startswith("lightning."):
             raise UserError(f"{target} refuses its options: {in_a_line(cause)}") from error
-        raise
+        raise cause from None  # a mistake in somebody's class, who needs the traceback
+
+
+def _failing(error: InstantiationException, asked: str) -> str:
+    """The function or class that was called: as it was asked for, or as Hydra calls what is below that."""
+    found = re.search(r"'([^']+)'", str(error))
+    name = found[1] if found else asked
+    return asked if asked.rpartition(".")[2] == name.rpartition(".")[2] else name
 
 
 def config_folder() -> Path:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -29,7 +30,7 @@ def config_of(folder: Path, *arguments: str) -> dict:
 
 def fcmae_(folder: Path, *words: str) -> Result:
     """The console script `fcmae <words>`."""
-    with typed(folder, "fcmae", *words) as (out, err):
+    with typed(folder, "fcmae", *words) as (out, err), mock.patch.object(sys, "path", [*sys.path]):
         try:
             main()
             code = 0

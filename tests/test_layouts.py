@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fcmae
 from fcmae.checkpoints.format import DESCRIPTION, FORMAT
-from fcmae.checkpoints.layouts import layout
+from fcmae.checkpoints.layouts import CREATE_MODEL, find_weights, layout
 from fcmae.checkpoints.load_autoencoder import load_autoencoder
 from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.names import to_hf, to_official
@@ -66,8 +66,6 @@ def test_what_transformers_writes(kind, randomise, tmp_path):
 
 
 def test_there_and_back(net):
-    from fcmae.checkpoints.layouts import find_weights
-
     state = net.state_dict()
     for others, whose in ((to_hf(state), "hf"), (to_official(state), "official"), (state, "timm")):
         found = find_weights(others, Path("f"))
@@ -175,6 +173,66 @@ def test_other_channels_take_a_new_decoder(model, tmp_path):
     report = load_autoencoder(bands, weights, adapt_in_chans="repeat")
     assert not report.decoder
     assert "first convolution: adapted from 3 channels to 13" in report.lines()
+
+
+def own_decoder(model: FCMAE, *others: str) -> State:
+    """The state dict of the model with another decoder, one weight per name."""
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith("decoder.")}
+    # Names that the authors' sparse models have too, and what a decoder of ours could not be.
+    values = {"blocks.0.ln.weight": torch.ones(4), "counter": torch.tensor(7), "shift": torch.tensor([torch.inf])}
+    return body | prefixed("decoder.", values | {name: torch.ones(2) for name in others})
+
+
+@pytest.mark.parametrize("token", [None, torch.ones(2), torch.ones(1, 2, 1, 1)])
+def test_a_decoder_of_somebodys_own_keeps_nobody_from_the_encoder(token, model, tmp_path, caplog):
+    state = own_decoder(model) | ({} if token is None else {"decoder.mask_token": token})
+    file = saved(state, tmp_path / "model.pth")
+    weights = read_weights(file)
+    assert weights.layout == "fcmae"
+    assert same(weights.weights, model.encoder.net.state_dict())
+    assert weights.decoder.keys() == {name.removeprefix("decoder.") for name in state if name.startswith("decoder.")}
+    if token is not None and token.ndim == 4:  # then it may well be ours, changed
+        assert "has a decoder that the model's differs from" in refusal(lambda: fcmae.load(file))
+        return
+    loaded = fcmae.load(file)
+    assert torch.equal(
+        loaded.encoder.net.state_dict()["stem.0.weight"], model.encoder.net.state_dict()["stem.0.weight"]
+    )
+    assert "the decoder is new, the file's does not fit (it lacks blocks.0.conv_dw.bias)" in caplog.text
+
+
+def test_a_decoder_that_does_not_know_a_mask_token(model):
+    """With no names but ours it is one of ours that is damaged, unless the file tells who made it."""
+    state = model.state_dict()
+    del state["decoder.mask_token"]
+    for made_by in (None, CREATE_MODEL):
+        assert "holds only part of a decoder" in refusal(
+            lambda made_by=made_by: find_weights(state, Path("f"), made_by=made_by)
+        )
+    assert find_weights(state, Path("f"), made_by="lab.model").decoder.keys() == model.decoder.state_dict().keys() - {
+        "mask_token"
+    }
+    assert "holds only part of a decoder" in refusal(
+        lambda: find_weights(own_decoder(model), Path("f"), made_by=CREATE_MODEL)
+    )
+
+
+@pytest.mark.parametrize("made_by", [CREATE_MODEL, "lab.model"])
+def test_a_checkpoint_tells_whose_its_decoder_is(made_by, model, tmp_path):
+    """All its names may be those of ours, whoever made it."""
+    state = prefixed("model.", model.state_dict())
+    del state["model.decoder.mask_token"]
+    file = saved(described(state, {"format": FORMAT, "model": {"_target_": made_by}}), tmp_path / "last.ckpt")
+    if made_by == CREATE_MODEL:
+        assert "holds only part of a decoder" in refusal(lambda: read_weights(file))
+    else:
+        assert same(read_weights(file).weights, model.encoder.net.state_dict())
+        assert fcmae.load_trained(file).net.num_features == DIMS[-1]
+
+
+def test_what_a_decoder_of_ours_holds_is_looked_at(model):
+    state = model.state_dict() | {"decoder.pred.bias": torch.full((3072,), torch.nan)}
+    assert "pred.bias holds values that are not finite" in refusal(lambda: find_weights(state, Path("f")))
 
 
 # What does not fit, or only in part
@@ -387,7 +445,7 @@ def test_a_configuration_cannot_name_code(what, model, tmp_path):
     )
     for path in (file, export):
         told = refusal(lambda path=path: fcmae.load(path))
-        assert "not one of fcmae's" in told or "did not make" in told
+        assert "not one that fcmae.load builds (fcmae." in told or "did not make" in told
     fcmae.load_trained(export)  # builds a network of the weights' sizes, and nothing else
     assert not (tmp_path / "was here").exists()
 
@@ -454,7 +512,7 @@ def test_a_masking_that_is_none(masking, model, tmp_path):
     file = saved(
         described(prefixed("model.", model.state_dict()), {"format": FORMAT, "model": options}), tmp_path / "l.ckpt"
     )
-    assert "which is not one of fcmae's" in refusal(lambda: fcmae.load(file))
+    assert "which is not one that fcmae.load builds" in refusal(lambda: fcmae.load(file))
 
 
 def test_other_channels_for_an_autoencoder(model, tmp_path, caplog):

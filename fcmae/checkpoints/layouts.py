@@ -22,7 +22,9 @@ WRITTEN_BY: dict[Layout, str] = {
     "minkowski": "the authors' pre-training",
     "hf": "transformers",
 }
+CREATE_MODEL = "fcmae.models.create.create_model"
 _OURS = "encoder.net."
+_DECODER = r"mask_token|(proj|pred)\.(weight|bias)|blocks\.\d+\..+"
 _HF_BODY = "convnextv2."
 
 
@@ -32,7 +34,7 @@ class Found:
 
     Attributes:
         encoder: in timm's names.
-        decoder: in the names of `fcmae.models.decoder.Decoder`; empty if there is none.
+        decoder: in the names of `fcmae.models.decoder.Decoder`, or whatever somebody's own has; empty if there is none.
         layout: whose names they were.
         ignored: names of weights that have no place in either, and need none.
     """
@@ -50,10 +52,10 @@ def layout(names: Iterable[str]) -> Layout | None:
     Complete they need not be.
     """
     names = set(names)
+    if _OURS + STEM in names:  # before the others, as beside it there may be anybody's decoder
+        return "fcmae"
     if any(re.search(r"(^|\.)dwconv\.kernel$|\.\d+\.ln\.weight$|\.pwconv\d\.linear\.", name) for name in names):
         return "minkowski"
-    if _OURS + STEM in names:
-        return "fcmae"
     if any(name.removeprefix(_HF_BODY) == "embeddings.patch_embeddings.weight" for name in names):
         return "hf"
     if STEM in names and any(name.endswith(".conv_dw.weight") for name in names):
@@ -63,12 +65,14 @@ def layout(names: Iterable[str]) -> Layout | None:
     return None
 
 
-def find_weights(state: Any, file: Path) -> Found:
+def find_weights(state: Any, file: Path, *, made_by: object = None) -> Found:
     """What a state dict in any of the known layouts holds.
 
     Args:
         state: what `file` has in the place of a state dict; names may begin with `module.` or `_orig_mod.`.
         file: named in the error.
+        made_by: the `_target_` of the model, if the file tells. A decoder that `create_model` did not make, or, where
+            nothing is told, that has other names than ours, is taken as it is.
 
     Raises:
         UserError: it is no state dict, of another network, or of one that cannot be.
@@ -84,8 +88,22 @@ def find_weights(state: Any, file: Path) -> Found:
             f"weights begin with {first}; give another file"
         )
     found = _sorted_out(weights, whose)
-    _check(found, file)
+    _check(found, file, known={} if _is_own(found, made_by) else found.decoder)
     return found
+
+
+def has_mask_token(decoder: Mapping[str, Tensor]) -> bool:
+    """Whether there is one, as every decoder of ours has, and few that are somebody's own."""
+    return "mask_token" in decoder and decoder["mask_token"].ndim == 4
+
+
+def _is_own(found: Found, made_by: object) -> bool:
+    """Whether the decoder is somebody's own, so that nothing that it has or lacks is damage."""
+    if found.layout != "fcmae":
+        return False
+    if made_by is not None:
+        return made_by != CREATE_MODEL
+    return not all(re.fullmatch(_DECODER, name) for name in found.decoder)
 
 
 def _sorted_out(weights: dict[str, Tensor], whose: Layout) -> Found:
@@ -154,8 +172,9 @@ def _is_plain(value: Tensor) -> bool:
     return in_memory and not value.is_quantized and value.numel() > 0
 
 
-def _check(found: Found, file: Path) -> None:
-    encoder, token = found.encoder, found.decoder.get("mask_token")
+def _check(found: Found, file: Path, *, known: dict[str, Tensor]) -> None:
+    """Refuses what cannot be of an encoder, or of a decoder that is `known`."""
+    encoder = found.encoder
     if any(re.fullmatch(r"stages\.\d\.blocks\.\d+\.gamma", name) for name in encoder):
         raise UserError(f"{file} holds a ConvNeXt of the first version, with layer scale: give a ConvNeXt V2")
     size = Size.of(encoder)
@@ -164,9 +183,9 @@ def _check(found: Found, file: Path) -> None:
         raise UserError(f"{file} holds only part of a ConvNeXt V2, {size}: give one with four stages")
     if found.encoder.get("head.fc.weight", encoder[STEM]).ndim < 2:
         raise UserError(f"{file}: the classifier is no matrix: give weights of a ConvNeXt V2")
-    if found.decoder and (token is None or token.ndim != 4):
+    if known and not has_mask_token(known):
         raise UserError(f"{file} holds only part of a decoder, without its mask token: give it whole, or leave it out")
-    for name, value in (*encoder.items(), *found.decoder.items()):
+    for name, value in (*encoder.items(), *known.items()):
         if not value.is_floating_point():
             raise UserError(f"{file}: {name} is {value.dtype}: give weights in floating point, not quantised ones")
         if not value.float().isfinite().all():

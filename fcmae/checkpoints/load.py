@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fcmae.checkpoints.layouts import CREATE_MODEL, has_mask_token
 from fcmae.checkpoints.load_autoencoder import load_autoencoder
 from fcmae.checkpoints.load_into import AdaptChannels
 from fcmae.checkpoints.names import STEM, Size, has_grn
@@ -20,6 +21,7 @@ from fcmae.models.targets import Pixels, Target
 log = logging.getLogger(__name__)
 
 _PER_STAGE = ("depths", "dims")
+# What a file may name: a name in it runs no code but this.
 _MASKINGS = {"fcmae.masking.RandomMask": RandomMask}
 _TARGETS = {"fcmae.models.targets.Pixels": Pixels}
 
@@ -43,7 +45,7 @@ def load(
     Args:
         path: a run's folder (its newest loadable checkpoint is taken), a file, an export, `hf-hub:user/name` or
             `timm:model.tag`.
-        masking: instead of the checkpoint's own; needed where that is not one of fcmae's.
+        masking: instead of the checkpoint's own; needed where that is none that is built here.
         target: likewise.
         engine: computes the model here, whichever it was trained with.
         in_chans: channels of an image, if not those of the file; then `adapt_in_chans` has to say how.
@@ -83,8 +85,10 @@ def _described(weights: Weights, masking: Masking | None, target: Target | None)
         scope = {"grn_scope": "batch"} if weights.layout == "minkowski" else {}
         return {"masking": masking, "target": target, **scope}
     options = dict(weights.description["model"])
-    if options.pop("_target_", None) != "fcmae.models.create.create_model":
-        raise UserError(f"{weights.file} holds a model that fcmae.create_model did not make")
+    if options.pop("_target_", None) != CREATE_MODEL:
+        raise UserError(
+            f"{weights.file} holds a model that fcmae.create_model did not make: fcmae.load_trained gives its encoder"
+        )
     if not weights.decoder:
         options = {name: value for name, value in options.items() if name not in ("decoder_depth", "decoder_dim")}
     options["masking"] = masking or _build(options.get("masking"), _MASKINGS, "masking", weights.file)
@@ -102,7 +106,7 @@ def _sizes(weights: Weights) -> dict[str, Any]:
         "in_chans": weights.weights[STEM].shape[1],
         "use_grn": has_grn(weights.weights),
     }
-    if weights.decoder:
+    if has_mask_token(weights.decoder):
         numbers = {int(found[1]) for name in weights.decoder if (found := re.match(r"blocks\.([0-9]{1,4})\.", name))}
         options |= {"decoder_depth": len(numbers), "decoder_dim": weights.decoder["mask_token"].shape[1]}
     return options
@@ -125,7 +129,10 @@ def _build(spec: Any, allowed: dict[str, Any], what: str, file: Path) -> Any:
     options = dict(spec) if isinstance(spec, dict) else {"_target_": spec}
     name = options.pop("_target_", None)
     if not isinstance(name, str) or name not in allowed:
-        raise UserError(f"{file} names the {what} {name!r}, which is not one of fcmae's: pass {what}=... to fcmae.load")
+        raise UserError(
+            f"{file} names the {what} {name!r}, which is not one that fcmae.load builds ({', '.join(allowed)}): "
+            f"pass the object itself, {what}=..."
+        )
     try:
         return allowed[name](**options)
     except (TypeError, ValueError) as error:

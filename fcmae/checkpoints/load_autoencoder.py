@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fcmae.checkpoints.layouts import has_mask_token
 from fcmae.checkpoints.load_into import AdaptChannels, LoadReport, load_into
 from fcmae.checkpoints.names import STEM
 from fcmae.checkpoints.weights import Weights
@@ -42,6 +43,8 @@ def load_autoencoder(
 ) -> AutoencoderReport:
     """Loads an encoder, without its final norm and classifier, and the decoder if the file has one.
 
+    Where the file's decoder or the model's is somebody's own, and they are not the same, the model's stays as it is.
+
     Args:
         model: to load into. On torch's meta device nothing is loaded, but all is checked.
         weights: of `read_weights`.
@@ -58,7 +61,7 @@ def load_autoencoder(
     misfit = _misfit(given, own)
     other_channels = weights.weights[STEM].shape[1] != model.encoder.in_chans  # whether they may be, load_into says
     if given and misfit:
-        if strict and not other_channels:
+        if strict and not other_channels and has_mask_token(given) and has_mask_token(own):
             raise UserError(
                 f"{weights.file} has a decoder that the model's differs from ({misfit}): set model.decoder_dim and "
                 "model.decoder_depth as it has them, or strict=false for a new decoder"
@@ -66,7 +69,7 @@ def load_autoencoder(
         why_fresh = f"the file's does not fit ({misfit})"
     headless = replace(weights, weights=body)
     report = load_into(model.encoder.net, headless, adapt_in_chans=adapt_in_chans, keep_head=False, strict=strict)
-    if not why_fresh and not own["mask_token"].is_meta:
+    if not why_fresh and not any(value.is_meta for value in own.values()):
         model.decoder.load_state_dict(dict(given))
     return AutoencoderReport(encoder=report, decoder=0 if why_fresh else len(given), why_fresh=why_fresh)
 

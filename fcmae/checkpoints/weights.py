@@ -104,7 +104,8 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         raise UserError(f"{file} holds no moving average of the weights: read the weights themselves, ema=False")
     if ema is False and average and not plain:
         raise UserError(f"{file} holds the moving average of the weights alone: read that, ema=True")
-    found = find_weights(plain if ema is False else average or plain, file)
+    made_by = (description or {}).get("model", {}).get("_target_")
+    found = find_weights(plain if ema is False else average or plain, file, made_by=made_by)
     said = description or (describe_foreign(file.parent) if file.name in _STANDARD else None)
     if description is None and carried:  # one of our exports that has lost the description beside it
         said = (said or {}) | carried

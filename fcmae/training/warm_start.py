@@ -94,9 +94,21 @@ class WarmStartAdamW(AdamW):
 
     @classmethod
     def of(cls, optim: AdamW, *, decoder_steps: int | None, encoder_lr_factor: float, new_decoder: bool) -> AdamW:
-        """The same optimiser, warmly started. A decoder that is not new need not train alone, unless that is asked."""
-        options = {field.name: getattr(optim, field.name) for field in fields(AdamW)}
+        """The same optimiser, warmly started. A decoder that is not new need not train alone, unless that is asked.
+
+        Raises:
+            UserError: it is another optimiser, which would have to start warmly.
+        """
         steps = decoder_steps if new_decoder or decoder_steps is not None else 0
+        if type(optim) is not AdamW:  # what else it does is not known here
+            if steps == 0 and encoder_lr_factor == 1:
+                return optim
+            name = f"{type(optim).__module__}.{type(optim).__qualname__}"
+            raise UserError(
+                f"optim is {name}, and with init only optim=adamw can train the decoder alone at first: "
+                "use that, or warm_start.decoder_steps=0 warm_start.encoder_lr_factor=1"
+            )
+        options = {field.name: getattr(optim, field.name) for field in fields(AdamW)}
         return cls(**options, decoder_steps=steps, encoder_lr_factor=encoder_lr_factor)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
