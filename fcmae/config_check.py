@@ -1,17 +1,19 @@
 """Checks of a composed configuration, before anything is built from it."""
 
-import difflib
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from fcmae.errors import UserError, in_a_line
+from fcmae.option_hints import closest, no_choice
 
+# An empty path would be the folder that one is in.
+_PLACES = ("checkpoint", "init", "images", "out", "run_dir", "data.path", "data.val_path", "data.table", "probe.data")
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -25,12 +27,9 @@ def mandatory(config: DictConfig, folder: Path) -> None:
         raise UserError(no_choice("model", folder))
     for key in sorted(map(str, OmegaConf.missing_keys(config))):
         raise UserError(f"{key} is not given: add {key}=VALUE")
-
-
-def no_choice(group: str, folder: Path) -> str:
-    """What to say when a group without a default is not chosen."""
-    choices = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
-    return f"no {group} is chosen: add +{group}=NAME with one of {', '.join(choices)}"
+    for key in _PLACES:
+        if OmegaConf.select(config, key) == "":
+            raise UserError(f"{key}= is empty: give a value; is a variable of the shell not set?")
 
 
 def check_config(config: DictConfig, known: set[str]) -> None:
@@ -50,8 +49,8 @@ def check_config(config: DictConfig, known: set[str]) -> None:
         for name in (key, *names):
             if name not in known:
                 raise UserError(f"{name} is not an option{closest(name, below or known)}")
-    # `masking`, which is typed, before `model.masking`, which follows from it.
-    for name, node in sorted(_targets(plain, ""), key=lambda found: found[0].count(".")):
+    # `masking`, which is typed, before `model.masking`, which follows from it, and so the data before the model.
+    for name, node in sorted(_targets(plain, ""), key=lambda found: (found[0].count("."), found[0])):
         _check_node(name, node)
 
 
@@ -96,9 +95,14 @@ def check_run(config: DictConfig) -> None:
     rising = OmegaConf.select(config, "optim.warmup_epochs"), OmegaConf.select(config, "optim.head_epochs") or 0
     if all(isinstance(epochs, int | float) for epochs in rising) and sum(rising) > config.epochs:
         told = f"optim.warmup_epochs={rising[0]}" + (f" after optim.head_epochs={rising[1]}" if rising[1] else "")
-        raise UserError(f"{told} is longer than the run, epochs={config.epochs}: make it shorter, a twentieth is usual")
+        raise UserError(
+            f"{told} is longer than the run, epochs={config.epochs}: make it shorter, such as "
+            f"optim.warmup_epochs={config.epochs // 20}, a twentieth of the run"
+        )
     if not str(config.run_name or "").strip("./"):
         raise UserError(f"run_name={config.run_name!r} names no folder: give it a name, or leave it out")
+    if ".." in PurePath(str(config.run_name)).parts:
+        raise UserError(f"run_name={config.run_name} leads elsewhere: give it a name alone, or the folder, run_dir=DIR")
     check_choice(config, "resume", ("auto", "never"))
     check_choice(config, "channels_last", (True, False))
     check_choice(config, "compile", (True, False))
@@ -129,12 +133,6 @@ def check_kinds(config: DictConfig, takes: Callable[..., Any], names: Collection
         value = config[name]
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         _check_kind(f"{prefix}{name}", plain, hints[name])
-
-
-def closest(word: str, known: Collection[str]) -> str:
-    """`; did you mean …?` when something similar is known, else nothing."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _targets(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,21 +4,32 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fcmae.config_check import check_config, closest, mandatory, no_choice
+from fcmae.config_check import check_config, mandatory
 from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.files import write_text
+from fcmae.option_hints import groups_of, keys_of, unknown_choice, unknown_key
+from fcmae.original_options import translate
+
+_TRAINING = ("pretrain", "finetune")
+_OF_HYDRA = tuple(
+    f"--{name}"
+    for name in (
+        *("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "info"),
+        *("config-path", "config-name", "config-dir", "experimental-rerun"),
+    )
+)
 
 
 def run(verb: str, task: Callable[[DictConfig], None]) -> None:
@@ -28,13 +39,16 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
     """
     # So that Hydra's own errors come here instead of being printed in its own way, over several lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    folder = config_folder()
-    sys.argv[1:] = normalize(sys.argv[1:], verb, folder)
+    try:
+        folder = config_folder()
+        sys.argv[1:] = normalize(sys.argv[1:], verb, folder)
+    except UserError as error:
+        _fail(in_a_line(error))
 
     def guarded(config: DictConfig) -> None:
         try:
             mandatory(config, folder)
-            check_config(config, known=_keys(folder / f"{verb}.yaml"))
+            check_config(config, known=keys_of(folder / f"{verb}.yaml"))
             task(config)
         except (TransientError, RanksLostError) as error:
             _fail(in_a_line(error), code=1)
@@ -87,9 +101,9 @@ def _explained(verb: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except MissingConfigException as error:
-        raise UserError(_unknown_choice(error)) from None
+        raise UserError(unknown_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_unknown_key(error, verb, folder)) from None
+        raise UserError(unknown_key(error, verb, folder)) from None
 
 
 def build(node: DictConfig, **overrides: Any) -> Any:
@@ -112,7 +126,8 @@ def build(node: DictConfig, **overrides: Any) -> Any:
             raise UserError(f"{target} needs a package: {cause}") from error
         not_called = isinstance(cause, TypeError) and cause.__traceback__ and cause.__traceback__.tb_next is None
         if not_called or target.startswith("lightning."):
-            raise UserError(f"{target} refuses its options: {in_a_line(cause)}") from error
+            without = "; trainer=cpu takes the CPU" if "No supported gpu backend" in str(cause) else ""
+            raise UserError(f"{target} refuses its options: {in_a_line(cause)}{without}") from error
         raise cause from None  # a mistake in somebody's class, who needs the traceback
 
 
@@ -136,8 +151,12 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     """Gives every choice of a config group the form that Hydra wants; doing it twice changes nothing.
 
     Groups that stand in the verb's defaults list are overridden (`data=folder`), the others added (`+model=tiny`).
+
+    Raises:
+        UserError: an option that is not written `key=value`, or a choice that is made in another way.
     """
-    listed = _groups(folder / f"{verb}.yaml")
+    _check_written(arguments, verb)
+    listed = groups_of(folder / f"{verb}.yaml")
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
 
     def form(argument: str) -> str:
@@ -145,6 +164,12 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
         name = key.removeprefix("+")
         if equals and verb == "finetune" and name == "init":  # what pre-training calls it
             argument, key, name = f"checkpoint={value}", "checkpoint", "checkpoint"
+        if name == "model.size" and value != "custom" and (folder / "model" / f"{value}.yaml").is_file():
+            raise UserError(f"{argument} names a size without its depths and dims: choose it with +model={value}")
+        if name == "experiment" and verb in _TRAINING and (folder / "experiment" / f"{value}.yaml").is_file():
+            of = "finetune" if value.startswith("finetune_") else "pretrain"
+            if of != verb:
+                raise UserError(f"{argument} is a recipe of fcmae.{of}: choose one of fcmae.{verb}'s, or use that")
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
         if equals and re.search(r"=|[^\x00-\x7f]", value) and not re.search(r"[][{}'\",$\\]", value):
@@ -154,67 +179,13 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     return [form(argument) for argument in arguments]
 
 
-def _defaults(file: Path) -> list[Any]:
-    return list(yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", []))
-
-
-def _groups(file: Path) -> set[str]:
-    """The config groups in a file's defaults list."""
-    names = (str(name) for entry in _defaults(file) if isinstance(entry, dict) for name in entry)
-    return {name.removeprefix("optional ") for name in names if not name.startswith("override ")}
-
-
-def _keys(file: Path) -> set[str]:
-    """The names that may stand in a composed configuration, outside of what the groups choose: `a`, `b.c`."""
-    body = yaml.safe_load(file.read_text(encoding="utf-8"))
-    below = {f"{key}.{name}" for key, value in body.items() if isinstance(value, dict) for name in value}
-    parts = {entry.partition("@")[2] for entry in _defaults(file) if isinstance(entry, str) and "@" in entry}
-    return {*body, *below, *parts, *_groups(file)} - {"defaults", "hydra"}
-
-
-def _unknown_choice(error: MissingConfigException) -> str:
-    wanted = error.missing_cfg_file or ""
-    group, _, choice = wanted.rpartition("/")
-    options = [option for option in error.options or [] if not option.startswith("_")]
-    if not options:
-        return in_a_line(error)
-    return f"{group}={choice} is not one of {', '.join(options)}{closest(choice, options)}"
-
-
-def _unknown_key(error: Exception, verb: str, folder: Path) -> str:
-    message = str(error)
-    found = re.search(r"Could not override '([^']+)'", message)
-    if isinstance(error, ConfigCompositionException) and found:
-        key = found.group(1)
-        chosen = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:]}
-        group = key.partition(".")[0]
-        of_verb = group in _keys(folder / f"{verb}.yaml")
-        if of_verb and (folder / group).is_dir() and group not in _groups(folder / f"{verb}.yaml") | chosen:
-            return no_choice(group, folder)
-        known = _all_keys(verb, folder, without=key)
-        if key not in known:
-            beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-            return f"{key} is not an option{closest(key, beside)}"
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
-
-
-def _all_keys(verb: str, folder: Path, without: str) -> list[str]:
-    """The dotted names of all options, as composed from the other arguments."""
-    kept = [
-        argument for argument in sys.argv[1:] if "=" in argument and argument.partition("=")[0].lstrip("+~") != without
-    ]
-    try:
-        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            config = hydra.compose(verb, overrides=[argument for argument in kept if not argument.startswith("hydra")])
-    except Exception:  # another argument is wrong as well; then there is no hint
-        return []
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        if not isinstance(node, dict):
-            return [prefix]
-        return [prefix, *(name for key, value in node.items() for name in walk(value, f"{prefix}.{key}".lstrip(".")))]
-
-    return walk(OmegaConf.to_container(config, resolve=False), "")[1:]
+def _check_written(arguments: Sequence[str], verb: str) -> None:
+    """Refuses `--key value`, as other programs have it; Hydra would answer with a page about its own options."""
+    if all(argument.partition("=")[0] in _OF_HYDRA for argument in arguments if argument.startswith("--")):
+        return
+    options, notes = translate(verb, [argument for argument in arguments if argument not in _OF_HYDRA])
+    here = f", here {shlex.join(options)}" if options else " (--help lists them)"
+    raise UserError("; ".join([f"options are written key=value{here}", *notes]))
 
 
 def _fail(line: str, *, code: int = 2) -> NoReturn:

@@ -227,6 +227,7 @@ def test_a_changed_configuration_is_refused_and_the_ways_out_work(finished, tmp_
     for difference in ("epochs: 2 -> 1", "optim.base_lr: 0.004 -> 0.001"):
         assert difference in message
     assert "seed" not in message
+    assert message.count("2 -> 1") == 1  # not trainer.max_epochs, too
     assert "run_name, or resume=never" in message
     assert content(tmp_path) == before
 

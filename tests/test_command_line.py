@@ -114,6 +114,27 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
         (["+model=tiny", "data=folder"], "data.path is not given: add data.path=VALUE"),
         (["+model=custom"], "model.depths is not given: add model.depths=VALUE"),
         (["+model=tiny", "epoch=3"], "epoch is not an option; did you mean epochs?"),
+        (["+model=tiny", "lr=1"], "lr is not an option; did you mean optim.base_lr?"),
+        (["+model=tiny", "optim.lr=1"], "optim.lr is not an option; did you mean optim.base_lr?"),
+        (["+model=tiny", "batch_size=8"], "batch_size is not an option; did you mean data.batch_size?"),
+        (["+model=tiny", "image_size=64"], "image_size is not an option; did you mean data.image_size?"),
+        (
+            ["+model=tiny", "data.path=x"],
+            "data=digits has no path: choose data=folder, hf, imagefolder, table or webdataset",
+        ),
+        (["+model=tiny", "data=folder", "data.path="], "data.path= is empty: give a value; is a variable .* not set?"),
+        (["+model=tiny", "model.size=atto"], "model.size=atto names a size without .*: choose it with +model=atto"),
+        (["+model=tiny", "run_name=a/../../x"], "run_name=a/../../x leads elsewhere: .* or the folder, run_dir=DIR"),
+        (
+            ["+model=tiny", "experiment=finetune_in1k_tiny"],
+            "experiment=finetune_in1k_tiny is a recipe of fcmae.finetune: choose one of fcmae.pretrain's, or use that",
+        ),
+        (
+            ["--model", "convnextv2_atto", "--data_path", "x y", "--epochs=3", "--lr", "1", "seed=1"],
+            "options are written key=value, here +model=atto data=folder 'data.path=x y' epochs=3 seed=1; "
+            "--lr: give optim.base_lr=, the rate per 256 images of a step",
+        ),
+        (["--verbose"], "options are written key=value \\(--help lists them\\); --verbose: there is no such option"),
         (["+model=tiny", "data.imagesize=64"], "data.imagesize is not an option; did you mean data.image_size?"),
         (["+model=tiny", "xyzzy=1"], "xyzzy is not an option"),
         (["+model=tiny", "+epoch=3"], "epoch is not an option; did you mean epochs?"),

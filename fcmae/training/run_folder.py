@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -82,7 +82,7 @@ class RunFolder:
         if not self.config.is_file() or self.newest_checkpoint() is None:
             return  # nothing has been trained that could be lost
         earlier = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        differing = list(_differences(earlier, config))
+        differing = _told_once(_differences(earlier, config))
         if differing:
             raise UserError(
                 f"{self.path} holds a run with another configuration ({', '.join(differing)}): "
@@ -152,7 +152,13 @@ class RunFolder:
             ) from error
 
 
-def _differences(earlier: dict[str, Any], config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+class _Difference(NamedTuple):
+    name: str
+    before: Any
+    now: Any
+
+
+def _differences(earlier: dict[str, Any], config: dict[str, Any], prefix: str = "") -> Iterator[_Difference]:
     for key in sorted({*earlier, *config}, key=str):
         name = f"{prefix}{key}"
         if name in FREE_TO_CHANGE:
@@ -161,7 +167,16 @@ def _differences(earlier: dict[str, Any], config: dict[str, Any], prefix: str = 
         if isinstance(before, dict) and isinstance(now, dict):
             yield from _differences(before, now, f"{name}.")
         elif before != now:
-            yield f"{name}: {before} -> {now}"
+            yield _Difference(name, before, now)
+
+
+def _told_once(differences: Iterator[_Difference]) -> list[str]:
+    """Without those that follow from another, such as `data.augment.flip` from `augment.flip`."""
+    told: dict[str, str] = {}
+    for name, before, now in sorted(differences, key=lambda found: found.name.count(".")):  # data before model
+        changed = f"{name.rpartition('.')[2].removeprefix('max_')}: {before} -> {now}"  # trainer.max_epochs: epochs
+        told.setdefault(changed, f"{name}: {before} -> {now}")
+    return list(told.values())
 
 
 def _environment() -> dict[str, Any]:
