@@ -48,6 +48,16 @@ class Mask:
         return self.visible.shape[1], self.visible.shape[2]
 
     @property
+    def patches(self) -> int:
+        """L: how many patches an image has."""
+        return self.visible.shape[1] * self.visible.shape[2]
+
+    @property
+    def visible_patches(self) -> int:
+        """V: how many of them are seen."""
+        return self.index.shape[1]
+
+    @property
     def rows_and_columns(self) -> tuple[Tensor, Tensor]:
         """Where the seen patches lie in the grid: two (B, V) int64 tensors."""
         width = self.visible.shape[2]
@@ -64,12 +74,31 @@ class Mask:
         """The complement: what is hidden here is seen there."""
         seen = self.visible.flatten(1)  # (B, L)
         hidden_first = seen.to(torch.uint8).argsort(dim=1, stable=True)
-        return Mask(~self.visible, hidden_first[:, : seen.shape[1] - self.index.shape[1]].contiguous())
+        return Mask(~self.visible, hidden_first[:, : self.patches - self.visible_patches].contiguous())
 
     def at(self, positions: int) -> Tensor:
         """(B, 1, h*p, w*p) bool: what is seen of a map with `positions` p per side of a patch."""
         rows = self.visible.repeat_interleave(positions, dim=1)
         return rows.repeat_interleave(positions, dim=2)[:, None]
+
+    def check(self, images: Tensor, patch_size: int) -> None:
+        """Refuses images (B, C, H, W) that the mask is not for, and a mask that leaves nothing to learn.
+
+        Raises:
+            UserError: the images' sides are no multiples of `patch_size` pixels, the mask has another grid or batch,
+                or it shows nothing or everything.
+        """
+        grid = patch_grid(images.shape[-2], images.shape[-1], patch_size)
+        if self.grid != grid or len(self.visible) != len(images):
+            raise UserError(
+                f"the mask is for {len(self.visible)} images of {self.grid[0]}x{self.grid[1]} patches, "
+                f"the batch has {len(images)} of {grid[0]}x{grid[1]}"
+            )
+        if self.visible_patches in (0, self.patches):
+            raise UserError(
+                f"the mask shows {self.visible_patches} of {self.patches} patches: "
+                "at least one must be visible and one hidden to learn from; change mask_ratio or the image size"
+            )
 
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask on another device."""

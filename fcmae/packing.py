@@ -36,6 +36,11 @@ def unpack(x: Tensor, mask: Mask) -> Tensor:
     return unpacked
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Some of the N rows of each image, such as positions or patches: x (B, N, C), rows (B, n) -> (B, n, C)."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 def _gather(x: Tensor, index: Tensor, h: int, w: int) -> Tensor:
     batch, channels, height, _ = x.shape
     p = height // h

@@ -14,12 +14,16 @@ from fcmae.evaluation.trivial import trivial_losses
 from fcmae.masking import Mask, RandomMask
 from fcmae.models.create import create_model
 from fcmae.models.fcmae import FCMAE, Output
-from fcmae.models.targets import Pixels, patchify
+from fcmae.models.targets import Pixels, map_patches
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def everything(mask: Mask) -> Mask:
+    return Mask.everything(len(mask.visible), *mask.grid)
 
 
 class Oracle(FCMAE):
@@ -36,22 +40,29 @@ class Oracle(FCMAE):
         assert whole
         assert not any(module.training for module in self.modules())
         assert not torch.is_grad_enabled()
-        pred = self.target(images, self.masking.patch_size) + self.error
+        pred = self.target(images, everything(mask)) + self.error
         return Output(pred.mean(), pred, mask)
 
 
 class Brightness:
     """Another target: the mean of each channel of a patch."""
 
-    values_per_pixel = 1
+    stride = 32
 
-    def __call__(self, images: Tensor, patch_size: int) -> Tensor:
-        pixels = patchify(images, patch_size).unflatten(-1, (-1, images.shape[1]))  # (B, L, p*p, C)
-        average = pixels.new_full((1, patch_size**2), patch_size**-2)
-        return (average @ pixels).squeeze(2)  # (B, L, C), with the operation that autocast touches
+    def channels(self, in_chans: int) -> int:
+        return in_chans
+
+    def __call__(self, images: Tensor, wanted: Mask) -> Tensor:
+        pixels = map_patches(images, wanted).unflatten(-1, (-1, images.shape[1]))  # (B, n, p*p, C)
+        average = pixels.new_full((1, pixels.shape[2]), 1 / pixels.shape[2])
+        return (average @ pixels).squeeze(2)  # (B, n, C), with the operation that autocast touches
 
     def to_pixels(self, pred: Tensor, images: Tensor, patch_size: int) -> Tensor:
         raise AssertionError("losses need no pictures")
+
+
+class Featureless(Brightness):
+    to_pixels = None
 
 
 def bytes_and_images(channels: int, height: int, width: int, batch: int = 2):
@@ -119,7 +130,7 @@ def test_the_model_trains_on_as_before(training) -> None:
     reconstruct(model, images, model.masking(images))
     assert [m.training for m in (model, model.encoder, model.decoder)] == [training, False, training]
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="does not fit the mask's"):
         reconstruct(model, images[..., :95], model.masking(images))  # 95 is no multiple of the patch
     assert model.training is training
 
@@ -136,6 +147,14 @@ def test_the_real_model_predicts_what_is_shown() -> None:
     assert not result.pasted.requires_grad
     with pytest.raises(UserError, match="mask"):
         reconstruct(model, images[:1], mask)
+
+
+def test_a_target_without_pixels_cannot_be_drawn() -> None:
+    model = Oracle()
+    model.target = Featureless()
+    images = torch.randn(1, 3, 96, 96)
+    with pytest.raises(UserError, match="the target, a Featureless, has no to_pixels"):
+        reconstruct(model, images, model.masking(images))
 
 
 def test_low_precision_images_are_shown_in_float32() -> None:
@@ -241,7 +260,7 @@ def test_trivial_losses_equal_loops(channels, height, width, patch_size, mask_ra
     images = torch.randn(3, channels, height, width, dtype=torch.float64)
     mask = RandomMask(mask_ratio=mask_ratio, patch_size=patch_size)(images)
     losses = trivial_losses(target, images, mask, patch_size)
-    values = target(images, patch_size).unflatten(1, mask.grid).numpy()
+    values = target(images, everything(mask)).unflatten(1, mask.grid).numpy()
     np.testing.assert_allclose(losses, naive_losses(values, mask.visible.numpy()), rtol=1e-12)
 
 

@@ -242,12 +242,13 @@ class Centre:
 
 
 class PixelsAndSquares(Pixels):
-    """A target of one's own, with two values per pixel."""
+    """A target of one's own, with two values per pixel and channel."""
 
-    values_per_pixel = 2
+    def channels(self, in_chans):
+        return 2 * in_chans
 
-    def __call__(self, images, patch_size):
-        return super().__call__(torch.cat([images, images.square()], dim=1), patch_size)
+    def __call__(self, images, wanted):
+        return super().__call__(torch.cat([images, images.square()], dim=1), wanted)
 
 
 def test_a_strategy_and_a_target_of_ones_own():
@@ -256,15 +257,42 @@ def test_a_strategy_and_a_target_of_ones_own():
     loss, pred, mask = model(images)
     assert mask.visible.sum() == 2 * 1 * 2
     assert pred.shape == (2, 10, 64 * 64 * 6)
-    target = model.target(images, 64)[~mask.visible.flatten(1)].view(pred.shape)
+    target = model.target(images, fcmae.Mask.everything(2, 3, 4))[~mask.visible.flatten(1)].view(pred.shape)
     torch.testing.assert_close(loss, (pred - target).square().mean())
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_the_target_as_a_prediction_gives_the_pictures_back(norm_pix_loss):
     images, target = torch.rand(2, 3, 64, 96) * 5 + 3, Pixels(norm_pix_loss=norm_pix_loss)
-    torch.testing.assert_close(target.to_pixels(target(images, 32), images, 32), images)
-    assert target(images.bfloat16(), 32).dtype == torch.float32
+    everything = fcmae.Mask.everything(2, 2, 3)
+    torch.testing.assert_close(target.to_pixels(target(images, everything), images, 32), images)
+    assert target(images.bfloat16(), everything).dtype == torch.float32
+
+
+class OfStride:
+    """Says that it has `stride` and one channel, and gives so many values per patch."""
+
+    def __init__(self, stride, values=1, dtype=torch.float32):
+        self.stride, self.values, self.dtype = stride, values, dtype
+
+    def channels(self, in_chans):
+        return 1
+
+    def __call__(self, images, wanted):
+        return torch.full((*wanted.index.shape, self.values), 3.0, dtype=self.dtype)
+
+
+def test_a_target_that_gives_other_values_than_it_says_is_refused():
+    model, images = fcmae.create_model(**SMALL, target=OfStride(16)), torch.randn(2, 3, 96, 96)
+    with pytest.raises(fcmae.UserError, match=r"\(2, 6, 1\) of the target and \(2, 6, 4\) of the decoder: mend one"):
+        model(images)  # which torch would have broadcast
+
+
+def test_the_loss_is_float32_whatever_the_targets_type():
+    model = fcmae.create_model(**SMALL, target=OfStride(16, 4, torch.bfloat16))
+    output = model(torch.randn(2, 3, 96, 96))
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, (output.pred - 3).square().mean())
 
 
 @pytest.mark.parametrize(
@@ -287,7 +315,22 @@ def test_the_target_as_a_prediction_gives_the_pictures_back(norm_pix_loss):
         ({"size": "atto", "image_size": 32}, "leaves none of 1 patches"),
         ({"size": "atto", "grn_scope": "world"}, "grn_scope='world' is unknown: use 'image' or 'batch'"),
         ({"size": "atto", "decoder_dim": 0}, "decoder_dim=0: .* a width from 1"),
-        ({"size": "atto", "decoder_depth": -1}, "decoder_depth=-1, .* a depth from 0"),
+        ({"size": "atto", "decoder_depth": -1}, "decoder_depth=-1, .* a depth from 1"),
+        ({"size": "atto", "decoder_depth": 0}, "decoder_depth=0, .* a depth from 1"),
+        ({"size": "atto", "target": OfStride(3)}, "stride=3 does not divide 32: use 1, 2,"),
+        ({"size": "atto", "target": OfStride(64)}, "stride=64 does not divide 32"),
+        (
+            {"size": "atto", "masking": fcmae.RandomMask(), "mask_ratio": 0.6},
+            "mask_ratio=0.6 would not be used beside masking=RandomMask, .*: set masking.mask_ratio, or leave masking",
+        ),
+        (
+            {"size": "atto", "masking": Centre(), "mask_ratio": 0.9, "patch_size": 64},
+            "mask_ratio=0.9, patch_size=64 .* masking=Centre, .* masking.mask_ratio and masking.patch_size,",
+        ),
+        (
+            {"size": "atto", "target": fcmae.Pixels(), "norm_pix_loss": False},
+            "norm_pix_loss=False would not be used beside target=Pixels, .*: set target.norm_pix_loss",
+        ),
         ({"size": "atto", "engine": "warp"}, "engine='warp' is unknown: use .*'torch'"),
     ],
 )

@@ -19,12 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
 from fcmae.engines import torch as torch_engine
-from fcmae.engines.grn import take_rows
 from fcmae.masking import Mask
 from fcmae.models.block import GRNScope, Recompute, global_response_norm
 from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE, Output
-from fcmae.packing import pack
+from fcmae.packing import pack, take_rows
 
 
 def _plain_gelu_grn_linear(

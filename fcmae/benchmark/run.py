@@ -25,7 +25,7 @@ def describe_patches(build: Build, image_size: tuple[int, int]) -> dict[str, int
     """How many patches an image has, and how many of them are visible."""
     model = build("meta")
     mask = model.masking(torch.empty(1, model.encoder.in_chans, *image_size, device="meta"))
-    return {"patches": mask.visible[0].numel(), "visible_patches": mask.index.shape[1]}
+    return {"patches": mask.patches, "visible_patches": mask.visible_patches}
 
 
 def run_steps(

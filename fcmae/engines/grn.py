@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.errors import UserError
+from fcmae.packing import take_rows
 
 
 class GeluGRN(NamedTuple):
@@ -86,11 +87,6 @@ class _GeluGRNLinear(torch.autograd.Function):
         y = y if rows is None else take_rows(y, rows)
         of_weight = (flat.t() @ y.flatten(0, 1)).to(weight.dtype)
         return None, of_x, *of_grn, of_weight, of_bias, None
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, N, C), rows (B, n) -> (B, n, C)."""
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def grn_scale(norm: Tensor, weight: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask) -> Ten
     Returns:
         (B, C, V*p, p). Positions outside the image and in hidden patches count as zeros.
     """
-    if x.shape[3] == 1 and mask.index.shape[1] == mask.slots[0].numel():  # an ordinary image, as in the decoder
+    if x.shape[3] == 1 and mask.visible_patches == mask.patches:  # an ordinary image, as in the decoder
         full = x.reshape(*x.shape[:2], *mask.grid)
         return F.conv2d(full, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).view(x.shape)
     full = unpack(x, mask)  # (B, C, h*p, w*p)

@@ -17,6 +17,7 @@ from fcmae.errors import UserError
 from fcmae.files import atomic_writer
 from fcmae.masking import Mask
 from fcmae.models.fcmae import FCMAE
+from fcmae.models.targets import DrawableTarget
 
 HEADINGS = ("input", "masked", "reconstruction", "error")
 TILE = 200  # pixels: about the side of an enlarged image
@@ -52,14 +53,16 @@ def reconstruct(model: FCMAE, images: Tensor, mask: Mask) -> Reconstruction:
         mask: on the same device, of B grids (H / patch_size, W / patch_size).
 
     Raises:
-        UserError: images, mask and model do not fit each other.
+        UserError: images, mask and model do not fit each other, or its target cannot be drawn.
     """
-    patch_size = model.masking.patch_size
+    patch_size, target = model.masking.patch_size, model.target
+    if not isinstance(target, DrawableTarget):
+        raise UserError(f"the target, a {type(target).__name__}, has no to_pixels, without which nothing can be drawn")
     with _evaluating(model):
         pred = model(images, mask, whole=True).pred  # (B, h*w, ...)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     hidden = ~mask.at(patch_size)  # (B, 1, H, W)
-    pasted = torch.where(hidden, model.target.to_pixels(pred, images, patch_size).to(images.dtype), images)
+    pasted = torch.where(hidden, target.to_pixels(pred, images, patch_size).to(images.dtype), images)
     return Reconstruction(images, images.masked_fill(hidden, 0), pasted, (pasted - images).abs(), hidden)
 
 

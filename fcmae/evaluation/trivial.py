@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.errors import UserError
-from fcmae.masking import Mask, patch_grid
+from fcmae.masking import Mask
 from fcmae.models.targets import Target
 
 
@@ -39,9 +38,9 @@ def trivial_losses(target: Target, images: Tensor, mask: Mask, patch_size: int) 
     Raises:
         UserError: the images are no multiple of the patch, the mask is not theirs, or it shows nothing or everything.
     """
-    _check(images, mask, patch_size)
+    mask.check(images, patch_size)
     with torch.autocast(images.device.type, enabled=False):
-        values = target(images, patch_size)  # (B, L, D)
+        values = target(images, Mask.everything(len(images), *mask.grid, device=images.device))  # (B, L, D)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         own_mean = values.mean(dim=-1, keepdim=True)  # (B, L, 1)
         neighbour = _nearest_visible(mask)[:, :, None].expand_as(values)  # (B, L, D)
@@ -60,16 +59,3 @@ def _loss(pred: Tensor, values: Tensor, mask: Mask) -> Tensor:
     error = (pred - values).square().mean(dim=-1)  # (B, L)
     hidden = ~mask.visible.flatten(1)  # (B, L)
     return (error * hidden).sum() / hidden.sum()
-
-
-def _check(images: Tensor, mask: Mask, patch_size: int) -> None:
-    grid, patches = patch_grid(images.shape[-2], images.shape[-1], patch_size), mask.visible[0].numel()
-    if mask.grid != grid or mask.visible.shape[0] != images.shape[0]:
-        raise UserError(
-            f"the mask is for {mask.visible.shape[0]} images of {mask.grid[0]}x{mask.grid[1]} patches, "
-            f"the batch has {images.shape[0]} of {grid[0]}x{grid[1]}"
-        )
-    if mask.index.shape[1] in (0, patches):
-        raise UserError(
-            f"the mask shows {mask.index.shape[1]} of {patches} patches: at least one must be visible and one hidden"
-        )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fcmae.engines import Engine
-from fcmae.engines.grn import grn_scale, take_rows
+from fcmae.engines.grn import grn_scale
 from fcmae.masking import Mask
+from fcmae.packing import take_rows
 
 GRNScope = Literal["image", "batch"]
 Recompute = Literal["none", "mlp", "block"]

@@ -1,6 +1,7 @@
 """The usual parts put together: `create_model("tiny")`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from fcmae.engines import get_engine
 from fcmae.errors import UserError
@@ -12,6 +13,8 @@ from fcmae.models.encoder import Encoder
 from fcmae.models.fcmae import FCMAE
 from fcmae.models.targets import Pixels, Target
 
+Part = TypeVar("Part")
+
 
 def create_model(
     size: str = "custom",
@@ -20,10 +23,10 @@ def create_model(
     dims: Sequence[int] | None = None,
     image_size: int | Sequence[int] = 224,
     in_chans: int = 3,
-    patch_size: int = 32,
-    mask_ratio: float = 0.6,
+    patch_size: int | None = None,
+    mask_ratio: float | None = None,
     masking: Masking | None = None,
-    norm_pix_loss: bool = True,
+    norm_pix_loss: bool | None = None,
     target: Target | None = None,
     decoder_depth: int = 1,
     decoder_dim: int = 512,
@@ -40,15 +43,15 @@ def create_model(
             `custom` with `depths` and `dims`.
         depths: blocks per stage, instead of the size's own.
         dims: channels per stage, instead of the size's own.
-        image_size: side, or (height, width), in pixels, that the model is meant for: multiples of `patch_size`. The
+        image_size: side, or (height, width), in pixels, that the model is meant for: multiples of the patch. The
             network itself takes any such size; here it is checked that something is visible and something hidden.
         in_chans: channels of an image.
-        patch_size: side of a mask patch in pixels, 32 or a multiple.
-        mask_ratio: share of hidden patches, in (0, 1).
-        masking: a strategy instead of `RandomMask(mask_ratio=..., patch_size=...)`; then these two are not used.
-        norm_pix_loss: predict pixels normalised per patch, not raw ones.
+        patch_size: side of a mask patch in pixels, 32 or a multiple; None: as `RandomMask` has it.
+        mask_ratio: share of hidden patches, in (0, 1); None: likewise.
+        masking: a strategy instead of `RandomMask(mask_ratio=..., patch_size=...)`.
+        norm_pix_loss: predict pixels normalised per patch, not raw ones; None: as `Pixels` has it.
         target: a target instead of `Pixels(norm_pix_loss=...)`.
-        decoder_depth: ConvNeXt V2 blocks in the decoder.
+        decoder_depth: ConvNeXt V2 blocks in the decoder, from 1.
         decoder_dim: their width.
         use_grn: whether the encoder's blocks have a GRN layer, as V2 has and V1 has not.
         grn_scope: `image`, or `batch` as in the original PyTorch code.
@@ -57,22 +60,26 @@ def create_model(
         engine: how the depthwise convolution on packed images is computed: auto, or one of `fcmae.engines.NAMES`.
 
     Raises:
-        UserError: an unknown size, or a value out of its bounds.
+        UserError: an unknown size, a value out of its bounds, or both a part and options of the usual one.
     """
     net = create_convnext(
         size, depths=depths, dims=dims, in_chans=in_chans, drop_path_rate=drop_path_rate, use_grn=use_grn
     )
-    if decoder_depth < 0 or decoder_dim < 1:
-        raise UserError(f"decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: use a depth from 0, a width from 1")
-    masking = masking or RandomMask(mask_ratio=mask_ratio, patch_size=patch_size)
-    target = target or Pixels(norm_pix_loss=norm_pix_loss)
+    if decoder_depth < 1 or decoder_dim < 1:
+        raise UserError(f"decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: use a depth from 1, a width from 1")
+    masking = _part("masking", masking, RandomMask, {"mask_ratio": mask_ratio, "patch_size": patch_size})
+    target = _part("target", target, Pixels, {"norm_pix_loss": norm_pix_loss})
     _check_image_size(image_size, masking)
+    if target.stride < 1 or Encoder.stride % target.stride:
+        raise UserError(
+            f"the target's stride={target.stride} does not divide {Encoder.stride}: use 1, 2, 4, 8, 16 or 32"
+        )
     chosen = get_engine(engine)
     return FCMAE(
         encoder=Encoder(net, engine=chosen, grn_scope=grn_scope, grad_checkpointing=grad_checkpointing),
         decoder=Decoder(
             in_channels=net.num_features,
-            out_channels=Encoder.stride**2 * in_chans * target.values_per_pixel,
+            out_channels=(Encoder.stride // target.stride) ** 2 * target.channels(in_chans),
             engine=chosen,
             depth=decoder_depth,
             dim=decoder_dim,
@@ -80,6 +87,20 @@ def create_model(
         masking=masking,
         target=target,
     )
+
+
+def _part(name: str, given: Part | None, usual: Callable[..., Part], options: dict[str, Any]) -> Part:
+    """The part that is given, or the usual one with those of its options that are."""
+    chosen = {key: value for key, value in options.items() if value is not None}
+    if given is None:
+        return usual(**chosen)
+    if chosen:
+        told = ", ".join(f"{key}={value}" for key, value in chosen.items())
+        raise UserError(
+            f"{told} would not be used beside {name}={type(given).__name__}, which is given too: set "
+            f"{' and '.join(f'{name}.{key}' for key in chosen)}, or leave {name} out"
+        )
+    return given
 
 
 def _check_image_size(image_size: int | Sequence[int], masking: Masking) -> None:

@@ -20,7 +20,7 @@ class Decoder(nn.Module):
         in_channels: channels of the encoder's last stage.
         out_channels: values to predict per 32x32 pixels.
         engine: computes the blocks, see `fcmae.engines`.
-        depth: number of ConvNeXt V2 blocks.
+        depth: number of ConvNeXt V2 blocks, from 1: they alone carry what is seen to hidden places.
         dim: their width.
     """
 
@@ -40,10 +40,10 @@ class Decoder(nn.Module):
         x = unpack(_pointwise(self.proj, packed), mask)  # (B, dim, hs, ws)
         x = where(mask.at(packed.shape[-1]), x, self.mask_token.to(x.dtype))
         everything = Mask.everything(len(x), *x.shape[2:], device=x.device)
-        whole = wanted.index.shape[1] == wanted.slots[0].numel()
+        whole = wanted.visible_patches == wanted.patches
         for block in self.blocks if whole else self.blocks[:-1]:
             x = self.run_block(block, _as_packed(x), self.engine, everything).view(x.shape)
-        if whole or not self.blocks:
+        if whole:
             return _pointwise(self.pred, pack(x, wanted))
         cells = _cells(x, wanted)  # all that the last block need compute, once it has its norms
         x = self.run_block(self.blocks[-1], _as_packed(x), self.engine, everything, rows=cells)  # (B, dim, n*p*p, 1)

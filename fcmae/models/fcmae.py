@@ -4,7 +4,8 @@
                                                                               |
     images --target--> what the patches should be  ----------------------> loss on the hidden ones
 
-Shapes: B images, C channels, (H, W) pixels, p mask patch side in pixels, L = (H/p) * (W/p) patches, V of them visible.
+Shapes: B images, C channels, (H, W) pixels, p mask patch side in pixels, L = (H/p) * (W/p) patches, V of them visible,
+D target values of a patch, T at each of its places.
 """
 
 from typing import NamedTuple
@@ -12,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fcmae.engines.grn import take_rows
 from fcmae.errors import UserError
-from fcmae.masking import Mask, Masking, patch_grid
+from fcmae.masking import Mask, Masking
 from fcmae.models.decoder import Decoder
 from fcmae.models.encoder import Encoder
 from fcmae.models.targets import Target
-from fcmae.packing import pack
+from fcmae.packing import take_rows
 
 
 class Output(NamedTuple):
@@ -27,8 +27,8 @@ class Output(NamedTuple):
     loss: Tensor
     """Scalar: mean squared error over the hidden patches of the batch, in float32 at least."""
     pred: Tensor
-    """(B, L-V, p*p*C): the prediction of every hidden patch, in the order of `mask.hidden.index`; of all L patches
-    if that was asked for. Pixels are ordered (row, column, channel)."""
+    """(B, L-V, D): the D target values of every hidden patch, in the order of `mask.hidden.index`; of all L patches if
+    that was asked for. Pixels, D = p*p*C, are ordered (row, column, channel)."""
     mask: Mask
 
 
@@ -55,39 +55,36 @@ class FCMAE(nn.Module):
 
         Raises:
             UserError: the images' channels are not the encoder's, their sides are no multiples of the patch, the mask
-                has another grid, or it hides nothing, so that there is nothing to learn.
+                has another grid, or it hides nothing, so that there is nothing to learn; or the target gives other
+                values than it says.
         """
         mask = self.masking(images) if mask is None else mask
         self._check(images, mask)
         hidden = mask.hidden
         features = self.encoder(images, mask)  # (B, C4, V*p/32, p/32)
         wanted = Mask.everything(len(images), *mask.grid, device=images.device) if whole else hidden
-        pred = self._patches(self.decoder(features, mask, wanted))  # (B, L or L-V, p*p*C)
+        pred = self._patches(self.decoder(features, mask, wanted))  # (B, L or L-V, D)
         return Output(self._loss(images, take_rows(pred, hidden.index) if whole else pred, hidden), pred, mask)
 
     def _patches(self, pred: Tensor) -> Tensor:
-        """(B, 32*32*C, n*k, k) -> (B, n, p*p*C): the k x k cells of each of n patches become one patch."""
-        batch, stride, k = pred.shape[0], self.encoder.stride, pred.shape[3]
-        x = pred.view(batch, stride, stride, -1, pred.shape[2] // k, k, k)  # (B, row, column, C, n, cell row, column)
+        """(B, s*s*T, n*k, k) -> (B, n, D): the k x k cells of each of n patches, of s x s places, become one patch."""
+        batch, side, k = pred.shape[0], self.encoder.stride // self.target.stride, pred.shape[3]
+        x = pred.view(batch, side, side, -1, pred.shape[2] // k, k, k)  # (B, row, column, T, n, cell row, column)
         return x.permute(0, 4, 5, 1, 6, 2, 3).flatten(2)
 
     def _loss(self, images: Tensor, pred: Tensor, hidden: Mask) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            target = self.target(pack(images, hidden), self.masking.patch_size)  # (B, L-V, p*p*C)
+            target = self.target(images, hidden)  # (B, L-V, D)
+            if target.shape != pred.shape:
+                raise UserError(
+                    f"(images, hidden patches, values) are {tuple(target.shape)} of the target and {tuple(pred.shape)} "
+                    "of the decoder: mend one; (patch / stride)**2 * channels of the target say how many values"
+                )
+            target = target.to(torch.promote_types(target.dtype, torch.float32))
             return (pred.to(target.dtype) - target).square().mean()
 
     def _check(self, images: Tensor, mask: Mask) -> None:
         channels = self.encoder.in_chans
         if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
             raise UserError(f"images have shape {tuple(images.shape)}, the model takes (B, {channels}, H, W), B from 1")
-        grid = patch_grid(images.shape[2], images.shape[3], self.masking.patch_size)
-        if mask.grid != grid or mask.visible.shape[0] != images.shape[0]:
-            raise UserError(
-                f"the mask is for {mask.visible.shape[0]} images of {mask.grid[0]}x{mask.grid[1]} patches, "
-                f"the batch has {images.shape[0]} of {grid[0]}x{grid[1]}"
-            )
-        if mask.index.shape[1] in (0, grid[0] * grid[1]):
-            raise UserError(
-                f"the mask shows {mask.index.shape[1]} of {grid[0] * grid[1]} patches: "
-                "at least one must be visible and one hidden to learn from; change mask_ratio or the image size"
-            )
+        mask.check(images, self.masking.patch_size)

@@ -1,25 +1,42 @@
 """What the decoder has to predict.
 
-Shapes: B images, C channels, p mask patch side in pixels, L patches per image, row by row.
+Shapes: B images, C channels, p mask patch side in pixels, L patches per image, row by row, n of them wanted.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fcmae.masking import Mask
+from fcmae.packing import pack
+
 
 class Target(Protocol):
-    """A reconstruction target. `values_per_pixel` times C times p*p numbers are predicted per patch.
+    """What is to be predicted of an image: a map of values, of which the loss asks for the hidden patches.
 
-    A patch's target follows from its own pixels: the loss asks for hidden patches alone, stacked into one tall image.
+    `stride` is the distance of its places in pixels, a divisor of 32: 1 for pixels, 8 for histograms of 8x8 pixels, 32
+    for the features of a network with that stride.
     """
 
-    values_per_pixel: int
+    stride: int
 
-    def __call__(self, images: Tensor, patch_size: int) -> Tensor:
-        """images (B, C, H, W) -> target (B, L, p*p*C*values_per_pixel)."""
+    def channels(self, in_chans: int) -> int:
+        """How many values the map has at each place, for images with so many channels."""
         ...
+
+    def __call__(self, images: Tensor, wanted: Mask) -> Tensor:
+        """images (B, C, H, W) -> the n wanted patches of the map (B, n, (p/stride)**2 * channels).
+
+        In a patch, values are ordered (row, column, channel), see `map_patches`. A patch's values may follow from the
+        whole image, but not from which other patches are wanted.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawableTarget(Target, Protocol):
+    """A target whose predictions can be looked at; with others no reconstructions are drawn."""
 
     def to_pixels(self, pred: Tensor, images: Tensor, patch_size: int) -> Tensor:
         """What a prediction looks like: pred (B, L, ...) of `images` (B, C, H, W) -> pictures (B, C, H, W)."""
@@ -34,14 +51,18 @@ class Pixels:
             channels together.
     """
 
-    values_per_pixel = 1
+    stride = 1
 
     def __init__(self, *, norm_pix_loss: bool = True) -> None:
         self.norm_pix_loss = norm_pix_loss
 
-    def __call__(self, images: Tensor, patch_size: int) -> Tensor:
-        """images (B, C, H, W) -> (B, L, p*p*C), in float32 at least."""
-        pixels = patchify(_at_least_float32(images), patch_size)
+    def channels(self, in_chans: int) -> int:
+        """The image's own."""
+        return in_chans
+
+    def __call__(self, images: Tensor, wanted: Mask) -> Tensor:
+        """images (B, C, H, W) -> (B, n, p*p*C), in float32 at least."""
+        pixels = _at_least_float32(map_patches(images, wanted))
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(pixels)
             pixels = (pixels - mean) / deviation
@@ -54,6 +75,18 @@ class Pixels:
             mean, deviation = _patch_statistics(patchify(_at_least_float32(images), patch_size))
             pred = pred * deviation + mean
         return unpatchify(pred, patch_size, images.shape[-2], images.shape[-1])
+
+
+def map_patches(x: Tensor, wanted: Mask) -> Tensor:
+    """The wanted patches of a map with q places per side of a patch: (B, C, h*q, w*q) -> (B, n, q*q*C).
+
+    Ordered (row, column, channel), as a target has them.
+
+    Raises:
+        UserError: the map does not fit the mask's grid.
+    """
+    packed = pack(x, wanted)  # (B, C, n*q, q)
+    return patchify(packed, packed.shape[3])
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

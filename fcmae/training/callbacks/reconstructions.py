@@ -1,5 +1,6 @@
 """Pictures of what the model reconstructs, on images and masks that stay the same over the run."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import lightning as L
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.source import Batch
 from fcmae.evaluation.reconstruction import picture, reconstruct, save_png
+from fcmae.models.targets import DrawableTarget
 from fcmae.training.pretraining import PretrainModule
+
+log = logging.getLogger(__name__)
 
 
 class Reconstructions(L.Callback):
     """Writes `images/epoch=...-step=....png` and `images/latest.png` after validation, with the first held-out images.
+
+    A target without `to_pixels` has none, and the log says so at the start.
 
     Args:
         folder: where the pictures go.
@@ -24,6 +30,13 @@ class Reconstructions(L.Callback):
         self.folder = folder
         self.pictures = pictures
         self.images = images
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, PretrainModule)
+        target = pl_module.model.target
+        if self.pictures and not isinstance(target, DrawableTarget):
+            self.pictures = 0
+            log.info("no pictures of reconstructions: the target, a %s, has no to_pixels", type(target).__name__)
 
     def on_validation_batch_end(
         self,
