@@ -169,6 +169,14 @@ def test_a_part_is_held_out_where_there_is_no_split_for_it(stored):
     assert list(whole[1]) != list(range(20, 24))  # sorted by class, as so often
 
 
+def test_no_class_loses_all_its_images_to_validation(tmp_path):
+    columns = {"image": [{"bytes": png(n), "path": None} for n in range(80)], "labels": [n // 2 for n in range(80)]}
+    write_parquet(dataset(columns, labels=datasets.Value("int16")), tmp_path / "train.parquet", 40)
+    data = hf(tmp_path)
+    assert int(data.class_counts().min()) == 1
+    assert len(data.split()[1]) >= 10
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_may_be_strings_numbers_or_missing(tmp_path, streaming):
     columns = {"image": [{"bytes": png(n), "path": None} for n in range(10)], "labels": ["x", "y"] * 5}

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.hf_columns import choose_columns, encode_labels, stored_picture
+from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.parquet_shards import ParquetImages, read_schema
 from fcmae.data.picture import Picture
 from fcmae.data.sharded import Places, ShardedDataModule, ShardedSource
@@ -119,7 +119,7 @@ class HFDataModule(ShardedDataModule):
         """The last ones if streaming; else any, because data sets are often sorted by class."""
         if self.streaming:
             return super().hold_out(count, held_out)
-        return ImageDataModule.hold_out(self, count, held_out)
+        return LabelledDataModule.hold_out(self, count, held_out)
 
     def _load_saved(self, folder: Path) -> dict[str, Any]:
         from datasets import DatasetDict, load_from_disk
