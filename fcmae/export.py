@@ -1,8 +1,6 @@
 """`python -m fcmae.export checkpoint=outputs/finetune/x to=hf out=DIR`: a trained network for other libraries."""
 
-import signal
 from pathlib import Path
-from typing import NoReturn
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -61,10 +59,5 @@ def export(config: DictConfig) -> None:
         console.print(f"uploaded: {push(out, config.push, private=config.private)}", markup=False)
 
 
-def _stop(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # so that nothing half-written is left
     run("export", export)

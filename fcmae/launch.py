@@ -5,7 +5,9 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,7 +65,7 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
 
     try:
         # A second Ctrl-C, or one before the training has begun, ends here.
-        with _explained(verb, folder):
+        with _ending_on_sigterm(), _explained(verb, folder):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
     except KeyboardInterrupt:
         print("fcmae: interrupted", file=sys.stderr)  # noqa: T201
@@ -93,6 +95,23 @@ def compose(verb: str, arguments: list[str]) -> DictConfig:
         mandatory(config, folder)
         OmegaConf.to_container(config, resolve=True)  # says which reference leads nowhere
     return config
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end a verb that does not listen to it, but not before it has removed what is half-written."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    try:
+        if mine:
+            signal.signal(signal.SIGTERM, _leave)
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 @contextlib.contextmanager

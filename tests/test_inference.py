@@ -4,6 +4,10 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +355,19 @@ def test_wrong_kinds(place: Path, verb: str, option: str, message: str) -> None:
     key, _, value = option.partition("=")
     error = command(verb, place, *(f"{k}={v}" for k, v in (given | {key: value}).items())).only_error
     assert re.fullmatch(message, error), error
+
+
+def test_sigterm_leaves_no_half_written_table(place: Path, tmp_path: Path) -> None:
+    options = [f"checkpoint={place / TRAINED}", f"images={place}/images", "out=p.csv", "device=cpu", "batch_size=1"]
+    process = subprocess.Popen([sys.executable, "-m", "fcmae.predict", *options, "num_workers=0"], cwd=tmp_path)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob(".p.csv*")):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_images_of_a_list_are_predicted(place: Path, tmp_path: Path) -> None:
