@@ -3,7 +3,7 @@ PYTHON ?= python3
 SHELL := bash
 STAMP := .venv/.installed
 # The files of the tests over the machine's cores.
-PARALLEL = -n logical --maxprocesses 8 --dist loadfile
+PARALLEL = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Print the command as one would type it with .venv active, and run it.
 RUN = @PATH="$(CURDIR)/.venv/bin:$$PATH"; PS4='$$ '; set -x;
 # The same for a linter that not every machine has: $(call IF_THERE,linter,files)

@@ -14,6 +14,14 @@ hypothesis.settings.register_profile("fcmae", deadline=None)
 hypothesis.settings.load_profile("fcmae")
 
 
+_LONG = ("test_slurm.py", "test_sweep.py", "test_ranks.py", "test_fsdp.py", "test_readme.py", "test_triton.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin, or the last of them would be waited for while other cores have nothing."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The tensors here are small; more threads gain little and, on busy machines, wait for each other for long."""

@@ -19,6 +19,7 @@ from test_resume import MICRO, train, weights
 from test_stopping import images  # noqa: F401
 
 from fcmae.checkpoints.format import newest_checkpoint, read_checkpoint
+from fcmae.data.webdataset import WebDatasetDataModule
 from fcmae.training.pretraining import PretrainModule
 
 QUICK = ["data.num_workers=0", "save.every_n_steps=2"]
@@ -169,6 +170,8 @@ def test_a_data_server_that_vanishes(tmp_path: Path, images: Path, monkeypatch: 
         *("shard_size=4", "num_workers=0", "short_side=null", "data.image_size=64"),
     )
     assert packed.code == 0, packed
+    # The server is in this process here, and one that is forked from it would hold its socket open.
+    monkeypatch.setattr(WebDatasetDataModule, "forecast", lambda self, indices: None)
     server = Server(tmp_path / "shards")
     threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
