@@ -27,6 +27,7 @@ from fcmae.inference.features import FeatureCache, Features, feature_function, l
 from fcmae.inference.ground_truth import indices_of, labels_for
 from fcmae.inference.trained import Trained, load_trained
 from fcmae.launch import build, run
+from fcmae.result_folder import check_same, data_options, result_folder, what_is_evaluated
 from fcmae.run_inference import compute_options, image_sides, progress_bar, stage_numbers
 
 
@@ -45,23 +46,16 @@ def evaluate(config: DictConfig) -> None:
     check_kinds(config.knn, KNN, ("k", "temperature"), "knn.")
     check_kinds(config.linear, linear_probe, ("penalties", "max_iterations"), "linear.")
     stages = stage_numbers(config.stages)
-    out = _out(config)
+    out = result_folder(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"out={config.out} is a file: name a folder")
     if (out / "checkpoints").is_dir():
         raise UserError(f"out={config.out} is the folder of a run: name another")
     trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
     data = _data(config, trained)
-    what = {
-        "checkpoint": str(trained.source.file),
-        "weights": f"{'moving average' if trained.source.average else 'weights'} ({trained.source.kind})",
-        "data": {key: value for key, value in OmegaConf.to_container(config.data).items() if key in _PLACES},
-        "split": config.split if config.probe is None else "val, learning from train",
-        "image_size": list(trained.preparation.image_size),
-        "probe": config.probe,
-    }
+    what = what_is_evaluated(config, trained)
     if config.out is None:
-        _check_same(out, what)
+        check_same(out, what)
     compute.place(trained.net)
     broken, found = Broken(), dict[str, Any]()
     if config.probe is None:
@@ -84,47 +78,8 @@ def evaluate(config: DictConfig) -> None:
         console.print(line, markup=False) if line else None
 
 
-_PLACES = ("path", "val_path", "table")
-"""Where images are, among the options of their source."""
-
 Broken = list[tuple[str, str]]
 """(sample id, reason) of images that could not be read."""
-
-
-def _out(config: DictConfig) -> Path:
-    """The folder of the results: as given, or named after the run that the checkpoint is of, and what is unusual."""
-    if config.out is not None:
-        return Path(config.out)
-    place, more = Path(config.checkpoint).resolve(), []
-    if place.is_file() or place.suffix == ".ckpt":  # a folder, where it is sharded
-        place, more = place.parent, [place.stem]
-    place = place.parent if place.name in ("checkpoints", "exported") else place
-    sides = image_sides(config.image_size)
-    if sides is not None:
-        more.append(str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}")
-    if config.split != "val" and config.probe is None:
-        more.append(config.split)
-    if config.probe is not None:
-        more.append(config.probe)
-    return Path("outputs/evaluate") / "-".join([place.parent.name, place.name, *more])
-
-
-def _check_same(out: Path, what: dict[str, Any]) -> None:
-    """Refuses to write over the results of another evaluation.
-
-    Raises:
-        UserError: says in what it differs.
-    """
-    try:
-        earlier = json.loads((out / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    for key, value in what.items():
-        if earlier.get(key) != value:
-            raise UserError(
-                f"{out} holds the results of another evaluation ({key}: {earlier.get(key)}, now {value}): "
-                "name a folder, out=DIR"
-            )
 
 
 def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
@@ -208,7 +163,8 @@ def _features(
     part: int,
 ) -> Features:
     """Of the images to learn from (part 0) or held out (1); those that are on the disk already are read back."""
-    indices, name = data.split()[part], ("train", "val")[part]
+    name = ("train", "val")[part]
+    indices = indices_of(name, data, trained)
     function = feature_function(trained.net, stages)
 
     def make() -> Features:
@@ -221,20 +177,14 @@ def _features(
 
     made_of = {
         "weights": weights_digest(trained.net),
-        "data": [data.fingerprint(), _options(config.data), str(Path.cwd())],
+        "data": [data.fingerprint(), data_options(config.data), str(Path.cwd())],
         "files": _files_digest(data, indices),
         "indices": list(indices),
         "preparation": asdict(trained.preparation),
         "stages": stages,
         "precision": str(config.precision),
     }
-    return FeatureCache(_out(config)).get(made_of, make).to(compute.torch_device)
-
-
-def _options(data: DictConfig) -> dict[str, Any]:
-    """What images there are and how they are read, but for what changes the speed alone."""
-    options: Any = OmegaConf.to_container(data, resolve=True)
-    return {name: value for name, value in options.items() if name not in ("batch_size", "num_workers", "timeout")}
+    return FeatureCache(result_folder(config)).get(made_of, make).to(compute.torch_device)
 
 
 def _files_digest(data: LabelledDataModule, indices: Sequence[int]) -> str:

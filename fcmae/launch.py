@@ -24,7 +24,8 @@ from fcmae.files import write_text
 from fcmae.option_hints import groups_of, keys_of, unknown_choice, unknown_key
 from fcmae.original_options import translate
 
-_TRAINING = ("pretrain", "finetune")
+_NOT_OF = {"pretrain": "finetune_.*", "finetune": "fcmae|smoke"}
+"""Recipes that are another verb's."""
 _OF_HYDRA = tuple(
     f"--{name}"
     for name in (
@@ -174,7 +175,7 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     Raises:
         UserError: an option that is not written `key=value`, or a choice that is made in another way.
     """
-    _check_written(arguments, verb)
+    _check_written(arguments, verb, folder)
     listed = groups_of(folder / f"{verb}.yaml")
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
 
@@ -185,10 +186,9 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
             argument, key, name = f"checkpoint={value}", "checkpoint", "checkpoint"
         if name == "model.size" and value != "custom" and (folder / "model" / f"{value}.yaml").is_file():
             raise UserError(f"{argument} names a size without its depths and dims: choose it with +model={value}")
-        if name == "experiment" and verb in _TRAINING and (folder / "experiment" / f"{value}.yaml").is_file():
-            of = "finetune" if value.startswith("finetune_") else "pretrain"
-            if of != verb:
-                raise UserError(f"{argument} is a recipe of fcmae.{of}: choose one of fcmae.{verb}'s, or use that")
+        if name == "experiment" and verb in _NOT_OF and re.fullmatch(_NOT_OF[verb], value):
+            other = "finetune" if verb == "pretrain" else "pretrain"
+            raise UserError(f"{argument} is a recipe of fcmae.{other}: choose one of fcmae.{verb}'s, or use that")
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
         if equals and re.search(r"=|[^\x00-\x7f]", value) and not re.search(r"[][{}'\",$\\]", value):
@@ -198,11 +198,12 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     return [form(argument) for argument in arguments]
 
 
-def _check_written(arguments: Sequence[str], verb: str) -> None:
+def _check_written(arguments: Sequence[str], verb: str, folder: Path) -> None:
     """Refuses `--key value`, as other programs have it; Hydra would answer with a page about its own options."""
     if all(argument.partition("=")[0] in _OF_HYDRA for argument in arguments if argument.startswith("--")):
         return
-    options, notes = translate(verb, [argument for argument in arguments if argument not in _OF_HYDRA])
+    typed = [argument for argument in arguments if argument not in _OF_HYDRA]
+    options, notes = translate(verb, typed, known=keys_of(folder / f"{verb}.yaml"))
     here = f", here {shlex.join(options)}" if options else " (--help lists them)"
     raise UserError("; ".join([f"options are written key=value{here}", *notes]))
 

@@ -112,7 +112,7 @@ def _composed(verb: str, folder: Path, without: str) -> tuple[list[str], dict[st
     kept = [
         argument for argument in sys.argv[1:] if "=" in argument and argument.partition("=")[0].lstrip("+~") != without
     ]
-    overrides = [argument for argument in kept if not argument.startswith("hydra")]
+    overrides = [argument for argument in kept if not argument.startswith(("hydra", "-"))]
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             config = hydra.compose(verb, overrides=overrides, return_hydra_config=True)

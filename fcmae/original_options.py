@@ -3,7 +3,7 @@
 Source: its main_pretrain.py and main_finetune.py (https://github.com/facebookresearch/ConvNeXt-V2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 _BOTH = {
@@ -23,7 +23,7 @@ _BOTH = {
 _RENAMED = {
     "pretrain": {
         **_BOTH,
-        "data_path": "data=folder data.path=",
+        "data_path": "data=imagefolder data.path=",  # theirs is DIR/train
         "mask_ratio": "masking.mask_ratio=",
         "decoder_depth": "model.decoder_depth=",
         "decoder_embed_dim": "model.decoder_dim=",
@@ -57,6 +57,7 @@ _OTHERWISE = {
     "resume": "the same command typed again goes on",
     "auto_resume": "the same command typed again goes on",
     "model_ema": "give ema.decay=0.9999",
+    "model_ema_eval": "a moving average is always validated beside the weights",
     "nb_classes": "the data's classes are counted",
     "eval": "use python -m fcmae.evaluate",
     "eval_data_path": "data.path= holds train and val",
@@ -84,12 +85,13 @@ def otherwise() -> dict[str, str]:
     return _OTHERWISE
 
 
-def translate(verb: str, arguments: Sequence[str]) -> Translated:
+def translate(verb: str, arguments: Sequence[str], *, known: Collection[str] = ()) -> Translated:
     """A command line with `--name value` or `--name=value`; what is written `key=value` stays as it is.
 
     Args:
         verb: entry point, such as `pretrain`.
         arguments: of its command line.
+        known: names of ours, which only want another way of writing.
     """
     options, notes, rest = list[str](), list[str](), list(arguments)
     while rest:
@@ -101,11 +103,13 @@ def translate(verb: str, arguments: Sequence[str]) -> Translated:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             value = rest.pop(0)
-        name = name.replace("-", "_")
-        if name in renamed(verb):
-            value = value.removeprefix("convnextv2_") if name == "model" else value
-            *before, key = renamed(verb)[name].split()
+        theirs = name.replace("-", "_")
+        if theirs in renamed(verb):
+            value = value.removeprefix("convnextv2_") if theirs == "model" else value
+            *before, key = renamed(verb)[theirs].split()
             options += [*before, f"{key}{value or 'VALUE'}"]
+        elif name in known or "." in name:
+            options.append(f"{name}={value or 'VALUE'}")
         else:
-            notes.append(f"--{name}: {_OTHERWISE.get(name, 'there is no such option')}")
+            notes.append(f"--{name}: {_OTHERWISE.get(theirs, 'is not known here')}")
     return Translated(options, notes)

@@ -6,11 +6,11 @@ if __name__ == "__main__":
     watch()  # before the imports below, which take seconds
 
 import shlex
-from typing import Any
 
 from omegaconf import DictConfig
 
 from fcmae.checkpoints.format import describe
+from fcmae.checkpoints.names import Size
 from fcmae.config_check import check_choice, check_run, check_same_input, check_whole
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.launch import build, run
@@ -74,18 +74,14 @@ def pretrain(config: DictConfig) -> None:
 def _next_command(config: DictConfig) -> str:
     """Fine-tunes this network on the user's images: its shape, channels and size, where they are not the usual ones."""
     model, data = config.model, config.data
-    options = [f"+model={model.size}"]
-    if model.size == "custom":
-        options += [f"model.depths={_listed(model.depths)}", f"model.dims={_listed(model.dims)}"]
+    options = Size(tuple(model.depths), tuple(model.dims)).options.split()
+    if not model.get("use_grn", True):  # an own function may have no such option
+        options.append("model.use_grn=false")
     if data.in_chans != 3:
         options.append(f"data.in_chans={data.in_chans}")
     if data.image_size != 224:
-        options.append(f"data.image_size={_listed(data.image_size)}")
+        options.append(f"data.image_size={str(data.image_size).replace(' ', '')}")
     return shlex.join(["python", "-m", "fcmae.finetune", *options, f"checkpoint={config.run_dir}", "data.path=DIR"])
-
-
-def _listed(value: Any) -> str:
-    return str(value).replace(" ", "")
 
 
 if __name__ == "__main__":

@@ -131,10 +131,14 @@ NAMES = ", ".join(sorted([*SIZES, "custom"]))
         ),
         (
             ["--model", "convnextv2_atto", "--data_path", "x y", "--epochs=3", "--lr", "1", "seed=1"],
-            "options are written key=value, here +model=atto data=folder 'data.path=x y' epochs=3 seed=1; "
+            "options are written key=value, here +model=atto data=imagefolder 'data.path=x y' epochs=3 seed=1; "
             "--lr: give optim.base_lr=, the rate per 256 images of a step",
         ),
-        (["--verbose"], "options are written key=value \\(--help lists them\\); --verbose: there is no such option"),
+        (["--verbose"], "options are written key=value \\(--help lists them\\); --verbose: is not known here"),
+        (
+            ["--run_name", "x", "--trainer=cpu", "--data.path", "y"],
+            "options are .*, here run_name=x trainer=cpu data.path=y",
+        ),
         (["+model=tiny", "data.imagesize=64"], "data.imagesize is not an option; did you mean data.image_size?"),
         (["+model=tiny", "xyzzy=1"], "xyzzy is not an option"),
         (["+model=tiny", "+epoch=3"], "epoch is not an option; did you mean epochs?"),

@@ -4,12 +4,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fcmae import UserError
-from fcmae.evaluate import _check_same, _out, evaluate
+from fcmae.evaluate import evaluate
 from fcmae.launch import compose
+from fcmae.result_folder import check_same, result_folder
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("", [], "finetune-x"),
         ("", ["probe=knn"], "finetune-x-knn"),
+        ("", ["probe=knn", "stages=[3,4]"], "finetune-x-stages34-knn"),
         ("", ["split=all"], "finetune-x-all"),
         ("", ["split=all", "probe=linear"], "finetune-x-linear"),
         ("", ["image_size=288"], "finetune-x-288"),
@@ -39,25 +42,49 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_results_are_named_after_what_they_are_of(checkpoint: str, options: list[str], name: str) -> None:
     config = compose("evaluate", [f"checkpoint=outputs/finetune/x{checkpoint}", "data.path=y", *options])
-    assert _out(config) == Path("outputs/evaluate", name)
+    assert result_folder(config) == Path("outputs/evaluate", name)
 
 
 def test_a_folder_that_is_given_is_taken() -> None:
-    assert _out(compose("evaluate", ["checkpoint=x", "data.path=y", "out=z", "split=all"])) == Path("z")
+    assert result_folder(compose("evaluate", ["checkpoint=x", "data.path=y", "out=z", "split=all"])) == Path("z")
 
 
-def test_results_of_another_evaluation_are_not_written_over(tmp_path: Path) -> None:
-    what = {"checkpoint": "a", "data": {"path": "y"}, "split": "val"}
-    _check_same(tmp_path, what)  # nothing there
-    (tmp_path / "about.json").write_text("{")
-    _check_same(tmp_path, what)  # nothing that can be read
-    (tmp_path / "about.json").write_text(json.dumps({**what, "skipped": []}))
-    _check_same(tmp_path, what)
-    with pytest.raises(
-        UserError,
-        match=r"holds the results of another evaluation \(data: {'path': 'y'}, now {'path': 'z'}\): name a folder",
-    ):
-        _check_same(tmp_path, {**what, "data": {"path": "z"}})
+WHAT: dict[str, Any] = {
+    "checkpoint": "a",
+    "data": {"path": "y", "val_path": "z", "shots": None},
+    "split": "val",
+    "classes": "by_name",
+}
+
+
+def test_results_of_the_same_evaluation_are_written_anew(tmp_path: Path) -> None:
+    check_same(tmp_path, WHAT)  # nothing there
+    for text in ("{", "[]", "null"):  # nothing that can be read
+        (tmp_path / "about.json").write_text(text)
+        check_same(tmp_path, WHAT)
+    (tmp_path / "about.json").write_text(json.dumps({**WHAT, "skipped": []}))
+    check_same(tmp_path, WHAT)
+    check_same(tmp_path, {**WHAT, "checkpoint": str(tmp_path / "a")})  # where one is
+    check_same(tmp_path, {**WHAT, "data": {**WHAT["data"], "path": str(tmp_path / "y")}})
+    (tmp_path / "about.json").write_text(json.dumps({"checkpoint": "a", "data": {"path": "y"}}))  # says less
+    check_same(tmp_path, WHAT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"data": {**WHAT["data"], "path": "x"}}, "data.path: y, now x"),
+        ({"data": {**WHAT["data"], "shots": 3}}, "data.shots: None, now 3"),
+        ({"checkpoint": "b"}, "checkpoint: a, now b"),
+        ({"split": "all"}, "split: val, now all"),
+        ({"classes": "by_order"}, "classes: by_name, now by_order"),
+    ],
+)
+def test_results_of_another_evaluation_are_not_written_over(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text(json.dumps(WHAT))
+    with pytest.raises(UserError) as caught:
+        check_same(tmp_path, {**WHAT, **changed})
+    assert str(caught.value) == f"{tmp_path} holds the results of another evaluation ({told}): name a folder, out=DIR"
 
 
 def test_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ from fcmae.pretrain import _next_command
             ["+model=custom", "model.depths=[1,1,2,1]", "model.dims=[8,16,32,64]", "data=folder", "data.path=x"],
             "'model.depths=[1,1,2,1]' 'model.dims=[8,16,32,64]'",
         ),
+        (
+            ["+model=atto", "model.depths=[1,1,1,1]", "data=folder", "data.path=x"],
+            "+model=custom 'model.depths=[1,1,1,1]' 'model.dims=[40,80,160,320]'",
+        ),
+        (["+model=atto", "model.use_grn=false", "data=folder", "data.path=x"], "+model=atto model.use_grn=false"),
     ],
 )
 def test_the_command_fine_tunes_the_same_network(
@@ -37,7 +42,7 @@ def test_the_command_fine_tunes_the_same_network(
     assert (python, dash_m, module) == ("python", "-m", "fcmae.finetune")
     after = compose("finetune", options)
     check_same_input(after)
-    for name in ("size", "depths", "dims"):
+    for name in ("depths", "dims", "use_grn"):
         assert before.model[name] == after.model[name]
     assert before.data.in_chans == after.data.in_chans
     assert before.data.image_size == after.data.image_size

@@ -45,8 +45,8 @@ def test_the_page_says_the_same() -> None:
         (["--batch-size", "8", "seed=1"], ["data.batch_size=8", "seed=1"], []),
         (["--norm_pix_loss", "--blr", "1e-4"], ["optim.base_lr=1e-4"], ["--norm_pix_loss: it is the default; .*"]),
         (["--lr", "1e-4"], [], ["--lr: give optim.base_lr=, the rate per 256 images of a step"]),
-        (["--blurr", "--epochs"], ["epochs=VALUE"], ["--blurr: there is no such option"]),
-        (["--world_size", "2", "epochs=3"], ["epochs=3"], ["--world_size: there is no such option"]),
+        (["--blurr", "--epochs"], ["epochs=VALUE"], ["--blurr: is not known here"]),
+        (["--world_size", "2", "epochs=3"], ["epochs=3"], ["--world_size: is not known here"]),
     ],
 )
 def test_what_is_typed_is_translated(typed: list[str], options: list[str], notes: list[str]) -> None:

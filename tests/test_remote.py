@@ -33,8 +33,8 @@ class Server:
 
     Attributes:
         faults: by file name, what is to go wrong with the next GETs: 503, 403, cut (half of it, then nothing), short
-            (half of it, as if that were all), garbled (other bytes every time) or stall (half of it, then silence).
-        tells_length: whether it says how long a file is.
+            (half of it, as if that were all), empty (nothing, as if that were all), garbled (other bytes every time) or
+            stall (half of it, then silence).
         gets: by file name, how often it was asked for.
     """
 
@@ -62,10 +62,10 @@ class Server:
                     self.send_error(int(fault or 404))
                     return
                 content = path.read_bytes()
-                half = content[: len(content) // 2]
+                half = b"" if fault == "empty" else content[: len(content) // 2]
                 self.send_response(200)
                 if server.tells_length:
-                    self.send_header("Content-Length", str(len(half if fault == "short" else content)))
+                    self.send_header("Content-Length", str(len(half if fault in ("short", "empty") else content)))
                 self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
                 self.end_headers()
                 if head:
@@ -182,6 +182,16 @@ def test_after_some_tries_it_gives_up_in_one_line(fault, reason, server, tmp_pat
     assert "\n" not in str(e.value)
     assert server.gets["x-000.tar"] == 3
     assert not whole_files(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["empty", "short"])
+def test_a_server_that_is_unwell_for_a_moment_answers_alike(fault, server, tmp_path):
+    """Whatever it sends three times, it knows the shard's true size all along."""
+    write_shards(tmp_path / "www" / "in", 1)
+    index_beside(tmp_path / "www" / "in")
+    server.faults["x-000.tar"] = [fault] * 3
+    assert pictures(source(f"{server.url}/in", cache(tmp_path, tries=7)), range(6))
+    assert server.gets["x-000.tar"] == 4
 
 
 @pytest.mark.parametrize("status", ["403", "404"])

@@ -30,8 +30,8 @@ class ImageFolder(Folder):
         in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
 
     Raises:
-        UserError: as `Folder`; one class only; a class to validate with that there is none of to learn from, an empty
-            folder of a class, or a part with another name than `val`.
+        UserError: as `Folder`; one class only; a class to validate with that there is none of to learn from, or an
+            empty folder of a class.
     """
 
     def __init__(self, *, path: str | Path, in_chans: int) -> None:
@@ -106,10 +106,12 @@ def _parts(folder: Path) -> list[str]:
     classes = _folders(folder / "train")
     for other in _OTHER_NAMES:
         if classes & _folders(folder / other):
-            raise UserError(
-                f"data.path={folder} holds train and {other}, but no val: rename {other} to val (or link it, ln -s "
-                f"{other} val); to hold out a part of train instead, give data.path={folder / 'train'}"
+            log.warning(
+                "%s holds train and %s, but no val: a part of train is held out to validate with; if %s is for that, "
+                "rename it to val, or link it (ln -s %s val)",
+                *(folder, other, other, other),
             )
+            break
     return ["train"]
 
 

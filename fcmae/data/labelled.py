@@ -113,7 +113,9 @@ class LabelledDataModule(ImageDataModule):
                 back.add(index)
         if not back:
             return train, validation
-        return sorted([*train, *back]), [index for index in validation if index not in back]
+        taken = torch.isin(torch.as_tensor(validation), torch.tensor(sorted(back)))
+        held = torch.as_tensor(validation)[~taken]
+        return compact(torch.cat([torch.as_tensor(train), torch.tensor(sorted(back))]).sort().values), compact(held)
 
     def fingerprint(self) -> str:
         """Changes also when labels or the part to validate with change."""

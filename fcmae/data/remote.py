@@ -146,14 +146,17 @@ class RemoteCache:
         return self.where() / f"shard-{digest}.tar"
 
     def _fetch(self, url: str, part: Path, size: int | None, sha256: str | None) -> None:
-        """Downloads a file. A server may cut or garble one now and then, but hardly twice alike."""
+        """Downloads a file. A server may cut or garble one now and then, but hardly twice alike to the byte.
+
+        One that answers with nothing, or with a page of its own, does so alike, but knows of another size.
+        """
         came: list[str] = []
 
         def attempt() -> None:
             system, path = _file_system(url)
             system.get_file(path, str(part))
             wrong = _difference(part, size, sha256)
-            if wrong in came:
+            if wrong in came and part.stat().st_size in (size, system.info(path).get("size")):
                 raise UserError(
                     f"{url} is not what its index, or else its server, said of it (twice {wrong}): write the index "
                     "anew, or put the shard back"

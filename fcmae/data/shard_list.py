@@ -22,6 +22,8 @@ from fcmae.files import write_text
 
 log = logging.getLogger(__name__)
 
+_COUNTED_BY = 2
+"""Another number for another way to tell what is in a shard: older notes are not asked then."""
 _AT_ONCE = 8  # threads: each mostly waits for a disk or a server
 
 
@@ -153,7 +155,7 @@ class ShardList:
         """Shards that no index tells of, with their samples and labels: counted once, then remembered."""
         if not shards:
             return []
-        asked = json.dumps([(shard.url, shard.size, shard.version) for shard in shards])
+        asked = json.dumps([_COUNTED_BY, *((shard.url, shard.size, shard.version) for shard in shards)])
         name = f"counts-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # no folder is a ValueError, too
             counts = json.loads((self._cache.where() / name).read_text(encoding="utf-8"))

@@ -168,7 +168,7 @@ class WebDataset:
             if label not in (None, known):
                 raise UserError(
                     f"sample {place} of shard {shard.url} is of class {label}, not {known} as it was indexed or "
-                    "counted: write the index anew, or put the shard back"
+                    "counted: write the index anew, or put the shard back; data.read_labels=false does without labels"
                 )
 
 

@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def indices_of(split: str, data: LabelledDataModule, trained: Trained) -> Sequence[int]:
-    """The images of one part: those held out while this classifier was trained, where it was on the same images.
+    """The images of one part: those held out while this network was trained, where it was on the same images.
 
     Args:
         split: `val`, `train` or `all`.
         data: the images.
-        trained: the classifier.
+        trained: the classifier, or an encoder.
     """
     held_out = data.labelled.held_out
     if split == "all":
@@ -30,7 +30,7 @@ def indices_of(split: str, data: LabelledDataModule, trained: Trained) -> Sequen
         of_the_run = said.get("recipe", {}).get("data", {}).get("val_images")
         if said.get("steps", {}).get("data") == data.fingerprint() and type(of_the_run) is int and of_the_run > 0:
             data.val_images = of_the_run
-        elif split == "val":
+        elif split == "val" and trained.class_names:  # an encoder has learned from no labels
             log.warning(
                 "%s was trained on other images than these, or they have changed since: if it has learned from some of "
                 "them, they may be among those that are evaluated now; split=all takes every image",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -174,8 +175,8 @@ def _told_once(differences: Iterator[_Difference]) -> list[str]:
     """Without those that follow from another, such as `data.augment.flip` from `augment.flip`."""
     told: dict[str, str] = {}
     for name, before, now in sorted(differences, key=lambda found: found.name.count(".")):  # data before model
-        changed = f"{name.rpartition('.')[2].removeprefix('max_')}: {before} -> {now}"  # trainer.max_epochs: epochs
-        told.setdefault(changed, f"{name}: {before} -> {now}")
+        followed = re.sub(r"^(data|model)\.|^trainer\.max_", "", name)
+        told.setdefault(f"{followed}: {before} -> {now}", f"{name}: {before} -> {now}")
     return list(told.values())
 
 
