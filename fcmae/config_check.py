@@ -95,10 +95,9 @@ def check_run(config: DictConfig) -> None:
     rising = OmegaConf.select(config, "optim.warmup_epochs"), OmegaConf.select(config, "optim.head_epochs") or 0
     if all(isinstance(epochs, int | float) for epochs in rising) and sum(rising) > config.epochs:
         told = f"optim.warmup_epochs={rising[0]}" + (f" after optim.head_epochs={rising[1]}" if rising[1] else "")
-        shorter = "more epochs, or a smaller optim.head_epochs"
-        if rising[1] < config.epochs:
-            shorter = f"such as optim.warmup_epochs={(config.epochs - rising[1]) // 20}, a twentieth"
-        raise UserError(f"{told} is longer than the run, epochs={config.epochs}: give {shorter}")
+        left = config.epochs - rising[1]
+        how = f"such as optim.warmup_epochs={left // 20}, a twentieth" if left > 0 else "or give more epochs"
+        raise UserError(f"{told} is longer than the run, epochs={config.epochs}: make it shorter, {how}")
     if not str(config.run_name or "").strip("./"):
         raise UserError(f"run_name={config.run_name!r} names no folder: give it a name, or leave it out")
     if ".." in PurePath(str(config.run_name)).parts:

@@ -14,12 +14,9 @@ hypothesis.settings.register_profile("fcmae", deadline=None)
 hypothesis.settings.load_profile("fcmae")
 
 
-_LONG = ("test_slurm.py", "test_sweep.py", "test_ranks.py", "test_fsdp.py", "test_readme.py", "test_triton.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest begin, or the last of them would be waited for while other cores have nothing."""
-    items.sort(key=lambda item: item.path.name not in _LONG)
+    """The jobs on SLURM begin: they mostly wait, and at the end other cores would have nothing to do meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

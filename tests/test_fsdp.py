@@ -185,6 +185,7 @@ def test_one_device_is_refused(place: Path) -> None:
     assert not (place / "x").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_a_moving_average(place: Path) -> None:
     here(place, "finetune", "tuned_by_one")
     there(place, "finetune", "tuned_by_two", *ranks(2))

@@ -170,7 +170,7 @@ def test_a_method_and_a_function_of_c_can_be_named(lab):
     ("python", "told"),
     [
         ([], "refuses its options: Mask.__init__() missing"),
-        (["-I"], "cannot be imported: No module named 'lab'"),
+        pytest.param(["-I"], "cannot be imported: No module named 'lab'", marks=pytest.mark.slow),
     ],
 )
 def test_the_console_script_finds_what_python_m_finds(python, told, tmp_path):

@@ -226,6 +226,7 @@ from fcmae.training.pretraining import PretrainModule
 @pytest.mark.skipif(
     not hasattr(dist, "set_timeout"), reason="this torch cannot shorten the waiting of gloo's ranks for each other"
 )
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_though_it_lives(tmp_path: Path, images: Path) -> None:  # noqa: F811
     """It is not the one that waited for it in vain."""
     script = tmp_path / "hangs.py"
