@@ -18,6 +18,7 @@ from fcmae import UserError
 from fcmae.data import fetch_ahead
 from fcmae.data.fetch_ahead import FetchAhead
 from fcmae.data.sampler import EpochSampler, ShardOrder
+from fcmae.data.webdataset import WebDatasetDataModule
 
 __all__ = ["server"]  # the fixture
 
@@ -45,6 +46,15 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def helpers() -> list[multiprocessing.process.BaseProcess]:
     return [process for process in multiprocessing.active_children() if process.name == "fetch-ahead"]
+
+
+def served(server: Server, tmp_path: Path, *, shards: int) -> WebDatasetDataModule:
+    """Shards of six pictures on the server, read one shard after another."""
+    write_shards(tmp_path / "www" / "in", shards)
+    index_beside(tmp_path / "www" / "in")
+    data = data_module(tmp_path / "x", num_workers=0, mixed_shards=1, batch_size=2)
+    data.path = f"{server.url}/in"
+    return data
 
 
 def test_shards_are_asked_for_in_their_order_and_never_too_early(orders: Orders) -> None:
@@ -115,10 +125,7 @@ def test_a_sampler_gives_the_same_keys_with_a_forecast(orders: Orders) -> None:
 
 
 def test_the_next_shards_are_fetched_while_the_present_ones_are_read(server: Server, tmp_path: Path) -> None:
-    write_shards(tmp_path / "www" / "in", 4)
-    index_beside(tmp_path / "www" / "in")
-    data = data_module(tmp_path / "x", num_workers=0, mixed_shards=1, batch_size=2)
-    data.path = f"{server.url}/in"
+    data = served(server, tmp_path, shards=4)
 
     def fetched() -> set[str]:
         return {name for name, count in server.gets.items() if name.endswith(".tar") and count}
@@ -138,20 +145,14 @@ def test_the_next_shards_are_fetched_while_the_present_ones_are_read(server: Ser
 def test_what_cannot_be_fetched_ahead_is_left_to_its_reader(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_shards(tmp_path / "www" / "in", 3)
-    index_beside(tmp_path / "www" / "in")
     server.faults |= {f"x-{number:03d}.tar": ["503", "503"] for number in range(3)}
-    data = data_module(tmp_path / "x", num_workers=0, mixed_shards=1, batch_size=2)
-    data.path = f"{server.url}/in"
+    data = served(server, tmp_path, shards=3)
     with caplog.at_level(logging.WARNING):
         assert len([name for batch in data.train_dataloader() for name in batch.sample_ids]) == 14
 
 
 def test_a_process_that_is_gone_hinders_nobody(server: Server, tmp_path: Path) -> None:
-    write_shards(tmp_path / "www" / "in", 4)
-    index_beside(tmp_path / "www" / "in")
-    data = data_module(tmp_path / "x", num_workers=0, mixed_shards=1, batch_size=2)
-    data.path = f"{server.url}/in"
+    data = served(server, tmp_path, shards=4)
     before = set(helpers())
     batches = iter(data.train_dataloader())
     next(batches)
@@ -162,10 +163,7 @@ def test_a_process_that_is_gone_hinders_nobody(server: Server, tmp_path: Path) -
 
 
 def test_the_process_ends_with_its_loader(server: Server, tmp_path: Path) -> None:
-    write_shards(tmp_path / "www" / "in", 2)
-    index_beside(tmp_path / "www" / "in")
-    data = data_module(tmp_path / "x", num_workers=0, mixed_shards=1, batch_size=2)
-    data.path = f"{server.url}/in"
+    data = served(server, tmp_path, shards=2)
     before = set(helpers())
     loader = data.train_dataloader()
     assert len(list(loader)) == len(loader)
