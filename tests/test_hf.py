@@ -1,6 +1,5 @@
 """Hugging Face data sets: the same images however they are stored, each once per epoch, also after a stop."""
 
-import hashlib
 import io
 import json
 import os
@@ -8,11 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
-import time
-import urllib.parse
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +23,7 @@ from PIL import Image
 from fcmae import UserError
 from fcmae.data.decoding import open_picture
 from fcmae.data.hf import HFDataModule
-from fcmae.data.hf_columns import Columns, encode_labels
+from fcmae.data.hf_columns import encode_labels
 from fcmae.data.parquet_shards import ParquetImages
 from fcmae.data.picture import to_tensor
 from fcmae.data.transforms import Crop
@@ -201,7 +195,7 @@ def test_labels_may_be_strings_numbers_or_missing(tmp_path, streaming):
 def test_images_are_not_touched_to_find_labels(tmp_path, streaming, monkeypatch):
     columns = {"image": [{"bytes": b"no image", "path": None}] * 10, "label": [0, 1] * 5}
     write_parquet(dataset(columns), tmp_path / "train.parquet", 4)
-    monkeypatch.setattr(ParquetImages, "_read_images", None)
+    monkeypatch.setattr(ParquetImages, "_read", None)
     assert hf(tmp_path, streaming=streaming).labels.tolist() == [0, 1] * 5
 
 
@@ -272,15 +266,15 @@ def test_row_groups_are_read_once_in_an_epoch_and_few_are_kept(tmp_path, monkeyp
     write_parquet(dataset({"image": [png(row) for row in range(rows)]}), tmp_path / "data" / "train.parquet", size)
     data = hf(tmp_path / "data", streaming=True, mixed_shards=mixed, batch_size=1)
     source, read = data.source, []
-    read_images = ParquetImages._read_images
+    read_images = ParquetImages._read
 
-    def recording(self: ParquetImages, shard: Any) -> Any:
+    def recording(self: ParquetImages, shard: Any, patience: Any) -> Any:
         read.append(shard.number)
         assert len(self._cached) < mixed
-        return read_images(self, shard)
+        return read_images(self, shard, patience)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ParquetImages, "_read_images", recording)
+        patch.setattr(ParquetImages, "_read", recording)
         data.steps_done = steps_done
         count = len(data.split()[0])
         whole = names(epoch(data, steps_done // count))
@@ -377,163 +371,6 @@ def test_a_missing_package_is_named(stored, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'fcmae\[hf\]'"):
         hf(stored / "parquet").source  # noqa: B018
-
-
-# -- over a network --
-
-
-class Hub(ThreadingHTTPServer):
-    """As much of the hub as it takes to read `me/pictures`, on this machine alone."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Hub)
-        self.root = root
-        self.failures = 0  # requests for a part of a file to refuse
-        self.parts: list[str] = []  # which were answered
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.files = f"{self.url}/datasets/me/pictures/resolve/main"
-
-
-class _Hub(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        of_api, of_files = path.partition("/api/datasets/me/pictures")[2], path.partition("/me/pictures/resolve/")[2]
-        if path.endswith("/api/datasets/me/pictures") or of_api.startswith("/revision/"):
-            self.answer(200, json.dumps({"id": "me/pictures", "sha": "0" * 40, "tags": [], "siblings": []}).encode())
-        elif of_api.startswith("/tree/") and (folder := self.folder(of_api)).is_dir():
-            self.answer(200, json.dumps([self.entry(file) for file in sorted(folder.iterdir())]).encode())
-        elif of_api:
-            self.answer(404, b"{}", X_Error_Code="EntryNotFound")
-        elif of_files and (self.server.root / of_files.partition("/")[2]).is_file():
-            self.file((self.server.root / of_files.partition("/")[2]).read_bytes())
-        else:
-            self.answer(404, b"{}", X_Error_Code="EntryNotFound" if of_files else "RepoNotFound")
-
-    def file(self, content: bytes) -> None:
-        known = {"X_Repo_Commit": "0" * 40, "ETag": hashlib.sha256(content).hexdigest(), "Accept_Ranges": "bytes"}
-        if "Range" not in self.headers:
-            self.answer(200, content, **known)
-        elif self.server.failures:
-            self.server.failures -= 1
-            self.answer(503)
-        else:
-            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-            part = content[int(first) : int(last) + 1]
-            self.server.parts.append(self.path)
-            self.answer(206, part, Content_Range=f"bytes {first}-{last}/{len(content)}", **known)
-
-    def folder(self, of_api: str) -> Path:
-        return self.server.root / of_api.removeprefix("/tree/").partition("/")[2]
-
-    def entry(self, file: Path) -> dict[str, Any]:
-        kind = "directory" if file.is_dir() else "file"
-        path = file.relative_to(self.server.root).as_posix()
-        return {"type": kind, "oid": "0", "size": file.stat().st_size, "path": path}
-
-    def answer(self, code: int, content: bytes = b"", **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content_Length": str(len(content))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(stored: Path) -> Iterator[Hub]:
-    server = Hub(stored / "parquets")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    waited: list[float] = []
-    monkeypatch.setattr("fcmae.data.patience.time.sleep", waited.append)
-    return waited
-
-
-def doubled(waits: list[float]) -> bool:
-    """From a second on, each twice as long, give or take a half."""
-    return all(0.5 <= wait / 2**number <= 1.5 for number, wait in enumerate(waits))
-
-
-def opened(hub: Hub) -> ParquetImages:
-    url = f"{hub.files}/data/train-00000-of-00003.parquet"
-    return ParquetImages(files={"train": [url]}, features={}, columns=Columns("image", None), kept=1, in_chans=3)
-
-
-def test_a_server_that_fails_for_a_while_is_asked_again(hub, stored, waits):
-    source = opened(hub)
-    hub.failures = 3
-    file = pictures(stored, "train")[0]
-    assert torch.equal(
-        to_tensor(source.open(0).decode()), to_tensor(open_picture(file, name=file.name, in_chans=3).decode())
-    )
-    assert len(waits) == 3
-    assert doubled(waits)
-    read = len(hub.parts)
-    source.open(1)
-    assert len(hub.parts) == read  # of the same row group
-
-
-def test_a_server_that_fails_for_a_minute_ends_the_run(hub, waits):
-    source = opened(hub)
-    hub.failures = 1000
-    with pytest.raises(
-        UserError, match=r"row group 1 of http://.*train-00000-of-00003.parquet could not be fetched"
-    ) as told:
-        source.open(3)
-    assert len(str(told.value).splitlines()) == 1
-    assert len(waits) == 6
-    assert doubled(waits)
-
-
-def as_the_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does in a new process."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
-
-
-@pytest.mark.parametrize("options", [{}, {"revision": "refs/convert/parquet", "name": "data"}], ids=["main", "parquet"])
-def test_a_name_on_the_hub_is_read_where_it_lies(hub, stored, tmp_path, monkeypatch, options):
-    as_the_hub(hub.url, monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path / "hub")
-    local = hf(stored / "parquets", streaming=True, val_split="validation")
-    there = hf("me/pictures", streaming=True, val_split="validation", num_workers=2, **options)
-    assert there.fingerprint() == local.fingerprint()
-    mine, its = epoch(local, 0), epoch(there, 0)
-    assert names(mine) == names(its)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(mine, its, strict=True))
-    assert len(hf("me/pictures", val_split="validation").source) == 30  # fetched
-    with pytest.raises(UserError, match="me/nothing is neither a folder nor a data set that the hub lets"):
-        hf("me/nothing").source  # noqa: B018
-
-
-@pytest.mark.parametrize("offline", [False, True])
-def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path, monkeypatch, offline):
-    as_the_hub("http://127.0.0.1:9", monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"data.path=me/pictures is no folder, and http://127.0.0.1:9 cannot") as told:
-        hf("me/pictures").source  # noqa: B018
-    assert time.monotonic() - start < 10
-    assert "`hf download --repo-type dataset me/pictures --local-dir DIR`" in str(told.value)
-    assert len(str(told.value).splitlines()) == 1
 
 
 # -- a run --

@@ -211,6 +211,9 @@ class Sharded(Folder):
     def shard_names(self) -> list[str]:
         return [f"{number}.tar" for number in range(len(self.shard_sizes))]
 
+    def fetcher(self) -> None:
+        pass
+
 
 class ShardedData(ShardedDataModule):
     def load_source(self) -> Any:
@@ -218,7 +221,16 @@ class ShardedData(ShardedDataModule):
 
 
 def sharded(folder: Path, **options: Any) -> ShardedData:
-    given = {**OPTIONS, "fraction": 1.0, "shots": None, "sampling": "uniform", "mixed_shards": 2, **options}
+    given = {
+        **OPTIONS,
+        "fraction": 1.0,
+        "shots": None,
+        "sampling": "uniform",
+        "mixed_shards": 2,
+        "cache_dir": None,
+        "cache_gib": 1,
+        **options,
+    }
     ShardedData.folder = folder
     return ShardedData(**given)
 

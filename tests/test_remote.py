@@ -122,7 +122,7 @@ def pictures(images: WebDataset, indices: range) -> bool:
 
 
 def whole_files(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").glob("shard-*.tar"))
+    return sorted((tmp_path / "cache").glob("shard-*"))
 
 
 # -- HTTP --

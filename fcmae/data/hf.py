@@ -65,6 +65,9 @@ class ArrowImages:
         """Changes when the images do, although they are as many."""
         return repr([split._fingerprint for split in self._images])
 
+    def fetcher(self) -> None:
+        """All are on this machine."""
+
     def sample_id(self, index: int) -> str:
         """`<split>:<row>`."""
         split, row = self._places[index]
@@ -91,6 +94,7 @@ class HFDataModule(ShardedDataModule):
         revision: branch, tag or commit on the hub.
         streaming: whether Parquet files are read where they lie, a few row groups at a time; else the data set is
             fetched, and memory-mapped from Arrow files, where any order is as quick.
+        cache_dir: folder for row groups of files on the hub; null for the user's cache folder.
     """
 
     path: str
@@ -188,9 +192,17 @@ class HFDataModule(ShardedDataModule):
         files = {name: found[name] for name in self._splits(list(found))}
         features = builder.info.features or Features.from_arrow_schema(read_schema(files[self.train_split][0]))
         columns = choose_columns(features, image_column=self.image_column, label_column=self.label_column)
-        return ParquetImages(
-            files=files, features=features, columns=columns, kept=self.mixed_shards, in_chans=self.in_chans
+        source = ParquetImages(
+            files=files,
+            features=features,
+            columns=columns,
+            kept=self.mixed_shards,
+            cache=self.cache(),
+            in_chans=self.in_chans,
         )
+        if source.fetcher():
+            self.cache().where()  # refused now if there is none, rather than in the midst of the run
+        return source
 
     def _splits(self, found: Sequence[str]) -> list[str]:
         """The names of the splits asked for."""

@@ -1,34 +1,44 @@
 """Images in Parquet files, on this machine or anywhere, which are read row group by row group."""
 
+import hashlib
+import logging
+import mmap
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from fcmae.data.fetch_ahead import Fetch
 from fcmae.data.hf_columns import Columns, encode_labels, stored_picture
 from fcmae.data.patience import insist
 from fcmae.data.picture import Picture
+from fcmae.data.remote import RemoteCache, is_remote
 from fcmae.data.sharded import Places
 from fcmae.errors import UserError
 
 _FILES_AT_ONCE = 16
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class ParquetImages:
     """The images of Parquet files; every row group is a shard.
 
     Nothing but the files' metadata and their labels is read at first. Each process then keeps the images, not decoded,
-    of the few row groups in use.
+    of the few row groups in use: those of this machine in its memory, those of others mapped from the cache.
 
     Args:
         files: of the split to learn from and, if there is one, of the split to validate with: paths or URLs.
         features: of the data set, by column.
         columns: to read.
         kept: number of row groups to keep.
+        cache: of remote files' row groups.
         in_chans: 1 for grey, 3 for RGB, any other number for what the files have.
 
     Raises:
@@ -42,16 +52,19 @@ class ParquetImages:
         features: Mapping[str, Any],
         columns: Columns,
         kept: int,
+        cache: RemoteCache,
         in_chans: int,
     ) -> None:
         self.in_chans = in_chans
         self._column = columns.image
         self._kept = kept
+        self._cache = cache
         self._cached: OrderedDict[int, Any] = OrderedDict()
         urls = [url for split in files.values() for url in split]
         with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
             read = list(threads.map(lambda url: _read_file(url, columns), urls))
         self._metadata = {url: metadata for url, (metadata, _) in zip(urls, read, strict=True)}
+        self._versions = {url: _digest(metadata) for url, metadata in self._metadata.items()}
         self._shards = [shard for url, metadata in self._metadata.items() for shard in _row_groups(url, metadata)]
         names = dict(zip(urls, _below_their_folder(urls), strict=True))
         self.shard_names = [f"{names[url]}#{number}" for url, number, _ in self._shards]
@@ -75,7 +88,11 @@ class ParquetImages:
 
     def content(self) -> str:
         """Changes when the files do, as far as their footers tell."""
-        return repr([str(metadata.to_dict()) for metadata in self._metadata.values()])
+        return repr([*self._versions.values()])
+
+    def fetcher(self) -> Fetch | None:
+        """See `ShardedSource`."""
+        return self._fetch if any(map(is_remote, self._metadata)) else None
 
     def sample_id(self, index: int) -> str:
         """`<file>#<row group>:<row>`, the file as a path below the folder that holds all of them."""
@@ -92,18 +109,50 @@ class ParquetImages:
         if shard not in self._cached:
             while len(self._cached) >= self._kept:
                 self._cached.popitem(last=False)
-            self._cached[shard] = self._read_images(self._shards[shard])
+            group = self._shards[shard]
+            self._cached[shard] = self._mapped(group) if is_remote(group.url) else self._read(group, insist)
         self._cached.move_to_end(shard)
         return stored_picture(self._cached[shard][row].as_py(), in_chans=self.in_chans)
 
-    def _read_images(self, shard: "RowGroup") -> Any:
+    def _fetch(self, number: int) -> None:
+        if is_remote(self._shards[number].url):
+            self._fetched(self._shards[number], replace(self._cache, tries=1)).close()
+
+    def _mapped(self, group: "RowGroup") -> Any:
+        """A `pyarrow.ChunkedArray`, of a file in the cache; one that was cut short there is fetched once more."""
+        for last in (False, True):
+            with self._fetched(group, self._cache) as file:
+                try:
+                    return _open_arrow(file)[self._column]
+                except ValueError as error:
+                    log.warning("%s in the cache is no whole file (%s); it is fetched once more", group.name, error)
+                    self._cache.discard(file, self._name(group), version=self._versions[group.url])
+                    if last:
+                        raise
+        raise AssertionError(group)
+
+    def _fetched(self, group: "RowGroup", cache: RemoteCache) -> BinaryIO:
+        def make(part: Path) -> None:
+            _write_arrow(part, self._column, self._read(group, cache.insist))
+
+        return cache.keep(self._name(group), version=self._versions[group.url], make=make)
+
+    def _name(self, group: "RowGroup") -> str:
+        return f"{group.url}#{group.number}:{self._column}"
+
+    def _read(self, group: "RowGroup", patience: "Patience") -> Any:
         """A `pyarrow.ChunkedArray`."""
 
         def read(parquet: Any) -> Any:
-            return parquet.read_row_group(shard.number, columns=[self._column], use_threads=False)[self._column]
+            return parquet.read_row_group(group.number, columns=[self._column], use_threads=False)[self._column]
 
-        what = f"row group {shard.number} of {shard.url}"
-        return _patiently(lambda: _in_file(shard.url, read, self._metadata[shard.url]), shard.url, what)
+        return _patiently(lambda: _in_file(group.url, read, self._metadata[group.url]), group.url, group.name, patience)
+
+
+class Patience(Protocol):
+    """As `insist` of `fcmae.data.patience`, and as a cache's."""
+
+    def __call__(self, what: str, attempt: Callable[[], T], *, hopeless: tuple[type[Exception], ...]) -> T: ...
 
 
 class RowGroup(NamedTuple):
@@ -112,6 +161,11 @@ class RowGroup(NamedTuple):
     url: str
     number: int
     rows: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"row group {self.number} of {self.url}"
 
 
 def read_schema(url: str) -> Any:
@@ -160,8 +214,33 @@ def _in_file(url: str, read: Callable[[Any], T], metadata: Any = None) -> T:
         return read(pq.ParquetFile(file, metadata=metadata, pre_buffer=True))
 
 
-def _patiently(read: Callable[[], T], url: str, what: str) -> T:
+def _patiently(read: Callable[[], T], url: str, what: str, patience: "Patience" = insist) -> T:
     """Repeats a read that fails, if it goes over a network."""
     import pyarrow as pa
 
-    return insist(what, read, hopeless=(pa.ArrowInvalid,) if "://" in url else (Exception,))
+    return patience(what, read, hopeless=(pa.ArrowInvalid,) if is_remote(url) else (Exception,))
+
+
+def _digest(metadata: Any) -> str:
+    return hashlib.sha256(str(metadata.to_dict()).encode()).hexdigest()[:32]
+
+
+def _write_arrow(path: Path, name: str, column: Any) -> None:
+    """Writes a column such that it can be mapped into memory."""
+    import pyarrow as pa
+
+    table = pa.table({name: column})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as written:
+        written.write_table(table)
+
+
+def _open_arrow(file: BinaryIO) -> Any:
+    """A `pyarrow.Table` in a file's pages, which all processes share; the file may be closed, and deleted, then.
+
+    Raises:
+        ValueError: it is none, or not whole.
+    """
+    import pyarrow as pa
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).read_all()

@@ -39,7 +39,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteCache:
-    """Whole remote files in a folder that all processes of this machine may share.
+    """Remote shards in a folder that all processes of this machine may share: whole files, and row groups of others.
 
     Args:
         folder: made when first needed; None for the user's own, which local shards can do without.
@@ -74,7 +74,21 @@ class RemoteCache:
         Raises:
             UserError: it cannot be fetched, or what comes is something else.
         """
-        place = self._place(url, version)
+        return self.keep(url, version=version, size=size, make=lambda part: self._fetch(url, part, size, sha256))
+
+    def keep(self, name: str, *, version: str, make: Callable[[Path], object], size: int | None = None) -> BinaryIO:
+        """A file of the cache, made unless it is there.
+
+        Args:
+            name: of its content: a URL, or whatever tells it from others.
+            version: changes when its content does.
+            make: writes the content to the path that it is given.
+            size: in bytes; None if unknown.
+
+        Raises:
+            UserError: there is no room for it, or whatever `make` raises.
+        """
+        place = self._place(name, version)
         part = place.with_name(f".{place.name}.part")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +96,11 @@ class RemoteCache:
                 kept = _open_kept(place, size)
                 if kept is not None:
                     return kept
-                self._fetch(url, part, size, sha256)
+                try:
+                    make(part)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
                 file = part.open("rb")  # before others can see it and, short of space, delete it
                 part.replace(place)
         except OSError as error:
@@ -93,9 +111,9 @@ class RemoteCache:
         self._shrink(keep=place, room=self.gib * 2**30 - os.fstat(file.fileno()).st_size)
         return file
 
-    def discard(self, file: BinaryIO, url: str, *, version: str) -> None:
-        """Closes a file that `open` gave and that is of no use, and deletes it unless another has taken its place."""
-        place = self._place(url, version)
+    def discard(self, file: BinaryIO, name: str, *, version: str) -> None:
+        """Closes a file that it gave and that is of no use, and deletes it unless another has taken its place."""
+        place = self._place(name, version)
         with file, contextlib.suppress(OSError), _lock(place):
             same = os.path.samestat(os.fstat(file.fileno()), place.stat())
             file.close()  # Windows deletes nothing that is open
@@ -137,13 +155,13 @@ class RemoteCache:
         marks = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "size") if info.get(key)]
         return info.get("size"), " ".join(marks)
 
-    def insist(self, url: str, attempt: Callable[[], T]) -> T:
+    def insist(self, what: str, attempt: Callable[[], T], *, hopeless: tuple[type[Exception], ...] = ()) -> T:
         """See `fcmae.data.patience.insist`."""
-        return insist(url, attempt, tries=self.tries, first_wait=self.first_wait)
+        return insist(what, attempt, tries=self.tries, first_wait=self.first_wait, hopeless=hopeless)
 
-    def _place(self, url: str, version: str) -> Path:
-        digest = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
-        return self.where() / f"shard-{digest}.tar"
+    def _place(self, name: str, version: str) -> Path:
+        digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:32]
+        return self.where() / f"shard-{digest}"
 
     def _fetch(self, url: str, part: Path, size: int | None, sha256: str | None) -> None:
         """Downloads a file. A server may cut or garble one now and then, but hardly twice alike to the byte.
@@ -165,18 +183,14 @@ class RemoteCache:
                 came.append(wrong)
                 raise ValueError(wrong)
 
-        try:
-            self.insist(url, attempt)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        self.insist(url, attempt)
 
     def _shrink(self, keep: Path, room: float) -> None:
         """Deletes what was not used for longest, and the half files of processes that were killed."""
-        for part in keep.parent.glob(".shard-*.tar.part"):
+        for part in keep.parent.glob(".shard-*.part"):
             if time.time() - _modified(part) > _ABANDONED:
                 part.unlink(missing_ok=True)
-        files = sorted((path for path in keep.parent.glob("shard-*.tar") if path != keep), key=_modified)
+        files = sorted((path for path in keep.parent.glob("shard-*") if path != keep), key=_modified)
         for path in reversed(files):  # the newest first
             try:
                 room -= path.stat().st_size

@@ -6,13 +6,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fcmae.data.fetch_ahead import Fetch, FetchAhead
 from fcmae.data.labelled import LabelledDataModule
-from fcmae.data.sampler import Order, ShardOrder
+from fcmae.data.remote import RemoteCache
+from fcmae.data.sampler import Forecast, Order, ShardOrder
 from fcmae.data.source import LabelledSource
 from fcmae.errors import UserError
 
@@ -32,6 +35,10 @@ class ShardedSource(LabelledSource, Protocol):
 
     def content(self) -> str:
         """Changes when the files do, although their names and sizes are the same."""
+        ...
+
+    def fetcher(self) -> Fetch | None:
+        """Puts a shard on this machine, before anybody reads it; None if none has to be fetched."""
         ...
 
 
@@ -63,12 +70,18 @@ class ShardedDataModule(LabelledDataModule):
 
     Args:
         mixed_shards: number of shards whose samples are mixed with each other.
+        cache_dir: folder for what lies on other machines; null for the user's cache folder.
+        cache_gib: GiB that this may take there.
     """
 
     mixed_shards: int
+    cache_dir: str | None
+    cache_gib: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cache_gib <= 0:
+            raise UserError(f"data.cache_gib={self.cache_gib} must be above 0")
         if self.mixed_shards < 1:
             raise UserError(f"data.mixed_shards={self.mixed_shards} must be at least 1")
 
@@ -98,6 +111,15 @@ class ShardedDataModule(LabelledDataModule):
         """Shard by shard, a few mixed at a time."""
         sizes = self.shards_of(indices).bincount()
         return ShardOrder(sizes[sizes > 0].tolist(), mixed=self.mixed_shards)
+
+    def cache(self) -> RemoteCache:
+        """Where shards of other machines are kept."""
+        return RemoteCache(folder=Path(self.cache_dir).expanduser() if self.cache_dir else None, gib=self.cache_gib)
+
+    def forecast(self, indices: Sequence[int]) -> Forecast | None:
+        """Fetches the shards that are mixed next while the present ones are read."""
+        fetch = self.sharded.fetcher()
+        return fetch and FetchAhead(fetch, self.shards_of(indices), ahead=self.mixed_shards)
 
     def names_digest(self) -> str:
         """Of the shards and their sizes: to name every sample would take long."""

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fcmae.data.decoding import open_picture
-from fcmae.data.fetch_ahead import FetchAhead
+from fcmae.data.fetch_ahead import Fetch
 from fcmae.data.picture import Picture
 from fcmae.data.remote import RemoteCache, is_remote
-from fcmae.data.sampler import Forecast
 from fcmae.data.shard_index import Shard, file_name
 from fcmae.data.shard_list import ShardList, open_shard, open_tar
 from fcmae.data.sharded import Places, ShardedDataModule
@@ -110,12 +109,11 @@ class WebDataset:
         name, content = self._opened(shard).picture(place)
         return open_picture(content, name=name, in_chans=self._in_chans)
 
-    def fetch(self, number: int) -> None:
-        """Has the shard of this number in the cache, if it is a remote one, at the first try.
+    def fetcher(self) -> Fetch | None:
+        """See `ShardedSource`."""
+        return None if self.is_local else self._fetch
 
-        Raises:
-            UserError: it cannot be fetched.
-        """
+    def _fetch(self, number: int) -> None:
         if is_remote(self._shards[number].url):
             open_shard(self._shards[number], replace(self._cache, tries=1)).close()
 
@@ -180,24 +178,15 @@ class WebDatasetDataModule(ShardedDataModule):
         path: a brace pattern (`DIR/train-{000000..000123}.tar`), a folder of *.tar, or a list of such; paths or URLs.
         val_path: likewise, of the images to validate with; null to hold out the last ones of `path`.
         cache_dir: folder for remote shards and for what counting found; null for the user's cache folder.
-        cache_gib: GiB that remote shards may take there.
         read_labels: false for images whose labels are wrong, or play no part: they have none then.
     """
 
     path: str | Sequence[str]
     val_path: str | Sequence[str] | None
-    cache_dir: str | None
-    cache_gib: float
     read_labels: bool
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cache_gib <= 0:
-            raise UserError(f"data.cache_gib={self.cache_gib} must be above 0")
-
     def load_source(self) -> WebDataset:
-        folder = Path(self.cache_dir).expanduser() if self.cache_dir else None
-        cache = RemoteCache(folder=folder, gib=self.cache_gib)
+        cache = self.cache()
         source = WebDataset(
             path=self.path,
             val_path=self.val_path,
@@ -211,13 +200,6 @@ class WebDatasetDataModule(ShardedDataModule):
         else:
             cache.where()  # refused now if there is none, rather than in the midst of the run
         return source
-
-    def forecast(self, indices: Sequence[int]) -> Forecast | None:
-        """Fetches the shards that are mixed next while the present ones are read."""
-        source = self.source
-        if not isinstance(source, WebDataset) or source.is_local:
-            return None
-        return FetchAhead(source.fetch, self.shards_of(indices), ahead=self.mixed_shards)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
