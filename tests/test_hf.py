@@ -270,7 +270,7 @@ def test_row_groups_are_read_once_in_an_epoch_and_few_are_kept(tmp_path, monkeyp
 
     def recording(self: ParquetImages, shard: Any, patience: Any) -> Any:
         read.append(shard.number)
-        assert len(self._cached) < mixed
+        assert len(self._in_use) < mixed
         return read_images(self, shard, patience)
 
     with monkeypatch.context() as patch:

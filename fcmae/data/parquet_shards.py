@@ -59,7 +59,7 @@ class ParquetImages:
         self._column = columns.image
         self._kept = kept
         self._cache = cache
-        self._cached: OrderedDict[int, Any] = OrderedDict()
+        self._in_use: OrderedDict[int, Any] = OrderedDict()
         urls = [url for split in files.values() for url in split]
         with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
             read = list(threads.map(lambda url: _read_file(url, columns), urls))
@@ -84,7 +84,7 @@ class ParquetImages:
         return len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": OrderedDict()}  # every process reads its own
+        return {**self.__dict__, "_in_use": OrderedDict()}  # every process reads its own
 
     def content(self) -> str:
         """Changes when the files do, as far as their footers tell."""
@@ -106,13 +106,13 @@ class ParquetImages:
             UserError: the row group cannot be read.
         """
         shard, row = self._places[index]
-        if shard not in self._cached:
-            while len(self._cached) >= self._kept:
-                self._cached.popitem(last=False)
+        if shard not in self._in_use:
+            while len(self._in_use) >= self._kept:
+                self._in_use.popitem(last=False)
             group = self._shards[shard]
-            self._cached[shard] = self._mapped(group) if is_remote(group.url) else self._read(group, insist)
-        self._cached.move_to_end(shard)
-        return stored_picture(self._cached[shard][row].as_py(), in_chans=self.in_chans)
+            self._in_use[shard] = self._mapped(group) if is_remote(group.url) else self._read(group, insist)
+        self._in_use.move_to_end(shard)
+        return stored_picture(self._in_use[shard][row].as_py(), in_chans=self.in_chans)
 
     def _fetch(self, number: int) -> None:
         if is_remote(self._shards[number].url):
@@ -125,10 +125,10 @@ class ParquetImages:
                 try:
                     return _open_arrow(file)[self._column]
                 except ValueError as error:
-                    log.warning("%s in the cache is no whole file (%s); it is fetched once more", group.name, error)
                     self._cache.discard(file, self._name(group), version=self._versions[group.url])
                     if last:
                         raise
+                    log.warning("%s in the cache is no whole file (%s); it is fetched once more", group.name, error)
         raise AssertionError(group)
 
     def _fetched(self, group: "RowGroup", cache: RemoteCache) -> BinaryIO:
