@@ -37,7 +37,7 @@ step() {
     outcome[$name]=124
     ((left > 10)) || return 124
     printf '\n$ %s\n' "${*@Q}" | tee -a "$log"
-    timeout --kill-after=10 "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee -a "$log"
+    timeout --signal=INT --kill-after=10 "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee -a "$log"
     outcome[$name]=${PIPESTATUS[0]}
     return "${outcome[$name]}"
 }

@@ -11,14 +11,11 @@ take beside the tensors: workspaces, fragmentation, the CUDA context.
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from measure_ranks import table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,7 +49,6 @@ class Case:
         precision: `bf16` for autocast, or `32`.
         devices: over which FSDP shards it; 1: not at all.
         accumulated: micro-batches per step. The gradients of the first stay while the second is computed.
-        like_cuda: layer norms in float32, as autocast has them on CUDA but not on the CPU.
     """
 
     size: str
@@ -60,7 +56,6 @@ class Case:
     precision: str = "bf16"
     devices: int = 1
     accumulated: int = 2
-    like_cuda: bool = True
 
     def model(self, engine: str = "torch") -> FCMAE:
         """The model."""
@@ -125,13 +120,6 @@ class LiveMemory(TorchDispatchMode):
         del self._sizes[key]
 
 
-def _norm_as_on_cuda(images: Tensor, *args: Any) -> Tensor:
-    return _layer_norm(images.float(), *args)
-
-
-_layer_norm = F.layer_norm
-
-
 def peak_bytes(case: Case, batch: int) -> int:
     """At the worst moment of a step: weights, gradients, AdamW's moments, images, activations, temporaries."""
     return step_without_memory(case, batch).peak
@@ -145,9 +133,8 @@ def step_without_memory(case: Case, batch: int) -> LiveMemory:
         dist.init_process_group("fake", rank=0, world_size=case.devices, store=FakeStore())
         shard(model, all_devices("cpu"))
     live = LiveMemory()
-    norms = mock.patch.object(F, "layer_norm", _norm_as_on_cuda) if case.like_cuda else nullcontext()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), live, norms:
+        with FakeTensorMode(allow_non_fake_inputs=True), live:
             model.to_empty(device="cpu")
             model.encoder.engine = model.decoder.engine = _SHAPES
             for parameter in model.parameters():
@@ -215,7 +202,7 @@ def check(cases: Sequence[tuple[str, int]] = (("tiny", 32), ("base", 16))) -> st
     for size, batch in cases:
         conditions = Conditions(batch_size=batch, image_size=(224, 224), precision="bf16", repeats=1, warmup=0)
         for recompute in RECOMPUTED:
-            case = Case(size=size, recompute=recompute, accumulated=1, like_cuda=False)
+            case = Case(size=size, recompute=recompute, accumulated=1)
             seen = measure_training({"cpu": case.model("cpu")}, conditions)["cpu"].peak_bytes
             assert seen is not None, "the kernel of this system does not count resident memory"
             computed = peak_bytes(case, batch)

@@ -80,8 +80,9 @@ def test_both_engines_learn_the_same():
         torch.manual_seed(1)
         losses = []
         for _ in range(50):
-            loss = model(random_images(4)).loss
-            loss.backward()
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                loss = model(random_images(4)).loss
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
@@ -118,6 +119,19 @@ def test_the_command(tmp_path: Path):
     assert result.code == 0, result.err
     assert "engine: triton (auto)" in (tmp_path / micro.RUN / "train.log").read_text()
     assert json.loads((tmp_path / micro.RUN / "summary.json").read_text())["val_loss"] < 1.2
+
+
+def test_the_logged_norm_is_that_of_the_gradients_whatever_the_precision(tmp_path: Path):
+    """In float16 the loss is scaled, by 65536 at first."""
+    norms = {}
+    for precision in ("32-true", "16-mixed"):
+        options = ["trainer.accelerator=gpu", f"trainer.precision={precision}", f"run_name={precision}"]
+        once = ["epochs=1", "optim.warmup_epochs=0", "trainer.max_steps=1", "trainer.log_every_n_steps=1"]
+        result = micro.pretrain(tmp_path, *micro.MICRO, *options, *once)
+        assert result.code == 0, result.err
+        lines = (tmp_path / "outputs/pretrain" / precision / "metrics.jsonl").read_text().splitlines()
+        norms[precision] = next(told["grad_norm"] for told in map(json.loads, lines) if "grad_norm" in told)
+    assert norms["16-mixed"] == pytest.approx(norms["32-true"], rel=0.05)
 
 
 def test_a_fine_tuning_step_never_waits_for_the_device():

@@ -76,7 +76,7 @@ def test_between_steps_weights_and_moments_are_left(memory: Any, small: Any) -> 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 def test_images_take_what_autograd_keeps_of_them(small: Any, memory: Any, recompute: str) -> None:
     """The slope of the line, beside the saved activations of the real thing."""
-    case = small(recompute=recompute, like_cuda=False)
+    case = small(recompute=recompute)
     _, slope = memory.line(case)
     model = case.model("cpu")
 
@@ -91,17 +91,16 @@ def test_images_take_what_autograd_keeps_of_them(small: Any, memory: Any, recomp
     assert slope < 2.5 * (kept + images)
 
 
-def test_recomputing_takes_less_and_float32_norms_more(memory: Any, small: Any) -> None:
+def test_recomputing_takes_less(memory: Any, small: Any) -> None:
     none, mlp, block = (memory.peak_bytes(small(recompute=kind), 16) for kind in memory.RECOMPUTED)
     assert block < mlp < none
-    assert memory.peak_bytes(small(like_cuda=False), 16) < none
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch that knows CUDA; no GPU")
-def test_norms_are_like_those_of_autocast_on_cuda(memory: Any) -> None:
-    """What is kept for the backward pass, in bytes, without a GPU: shapes on a CUDA device that is not there."""
+def test_a_gpu_keeps_what_a_cpu_keeps(memory: Any) -> None:
+    """For the backward pass, in bytes: shapes on a CUDA device that is not there. Autocast differs from the CPU's."""
 
-    def kept(device: str, like_cuda: bool) -> int:
+    def kept(device: str) -> int:
         found: dict[int, torch.UntypedStorage] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,14 +109,11 @@ def test_norms_are_like_those_of_autocast_on_cuda(memory: Any) -> None:
 
         with torch.device("meta"):
             model = create_model(engine="torch", **P).train()
-        norms = mock.patch.object(torch.nn.functional, "layer_norm", memory._norm_as_on_cuda)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=device)
             model.encoder.engine = model.decoder.engine = memory._SHAPES
             images = torch.empty(2, 3, 224, 224, device=device)
             mask = model.masking(images)
-            if like_cuda:
-                norms.start()
             torch.set_autocast_enabled(device, True)  # torch.autocast would find that there is no GPU
             torch.set_autocast_dtype(device, torch.bfloat16)
             try:
@@ -126,10 +122,9 @@ def test_norms_are_like_those_of_autocast_on_cuda(memory: Any) -> None:
             finally:
                 torch.clear_autocast_cache()
                 torch.set_autocast_enabled(device, False)
-                mock.patch.stopall()
         return sum(storage.nbytes() for storage in found.values())
 
-    assert kept("cpu", like_cuda=True) == kept("cuda", like_cuda=False) > kept("cpu", like_cuda=False)
+    assert kept("cpu") <= kept("cuda") <= 1.02 * kept("cpu")  # whose norms' statistics are of two bytes, not of four
 
 
 @pytest.mark.parametrize(

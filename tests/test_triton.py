@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -44,6 +44,20 @@ def device(request: pytest.FixtureRequest) -> str:
 def gpu() -> None:
     if INTERPRETED or not CUDA:
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def choices() -> Iterator[Any]:
+    """All choices of blocks; on a GPU most tests compile one of them, since it takes seconds and changes no bit."""
+    if INTERPRETED or not CUDA:
+        yield ()
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        every = kernels().CONVOLUTIONS
+        patched.setattr(kernels(), "CONVOLUTIONS", every[:1])
+        kernels()._tuned_convolve.cache_clear()
+        yield every
+    kernels()._tuned_convolve.cache_clear()
 
 
 def kernels() -> Any:
@@ -310,7 +324,16 @@ def test_without_triton():
     assert "fcmae.errors.UserError: engine='triton' needs the package triton" in run.stderr.splitlines()[-1]
 
 
-WHOLE = {"runs", "patches", "h", "w", "length", "share", "splits"}  # the kernels' arguments that are numbers
+WHOLE = {
+    "runs",
+    "magnitude",
+    "patches",
+    "h",
+    "w",
+    "length",
+    "share",
+    "splits",
+}  # the kernels' arguments that are numbers
 SUMS = {"taps", "bias", "partial", "scale", "shift", "products", "totals"}  # pointers to sums; others are to elements
 MLP = {"channels": 160, "block_n": 32, "block_c": 64}
 
@@ -395,13 +418,14 @@ def test_the_same_bits_every_time(dtype, gpu, draw_mask):
 
 
 @pytest.mark.gpu
-def test_every_choice_of_blocks_gives_the_same_bits(gpu, draw_mask, monkeypatch):
+def test_every_choice_of_blocks_gives_the_same_bits(gpu, draw_mask, monkeypatch, choices):
     mask, inputs = draw_mask(8, 7, 7, 19).to("cuda"), block_inputs(8, 96, 19, 8, "cuda")
     results = []
-    for choice in kernels().CONVOLUTIONS:
+    for choice in choices:
         monkeypatch.setattr(kernels(), "CONVOLUTIONS", (choice,))
         kernels()._tuned_convolve.cache_clear()
         results.append(run_block(block, inputs, mask))
+    monkeypatch.undo()
     kernels()._tuned_convolve.cache_clear()
     for result in results:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

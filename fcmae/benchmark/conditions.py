@@ -90,12 +90,15 @@ def environment(conditions: Conditions) -> Iterator[None]:
     torch.set_num_threads(conditions.threads)
     devices = [torch.device(conditions.device)] if conditions.on_cuda else []
     current = torch.cuda.device(devices[0]) if devices else contextlib.nullcontext()
+    cudnn = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True  # the dense network's convolutions: its first guess need not be its best
     try:
         with torch.random.fork_rng(devices), current:
             torch.manual_seed(conditions.seed)
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = cudnn
 
 
 def _device_type(name: str) -> str:

@@ -4,8 +4,9 @@ A *run* is `width` neighbouring positions in one row of a patch. Programs of the
 and `block_c` channels; each column that a run's positions reach is loaded once per row of taps, for all of them.
 
 The first step compiles the kernels, and tunes the convolution by timing it, which waits for the device: run it eagerly
-before a CUDA graph is captured. Only the convolution is tuned, since its sums have one order whatever the choice. The
-order of all other sums follows from the shapes, so that the same inputs give the same bits, in the next process too.
+before a CUDA graph is captured. What is fastest on a nearly empty GPU need not be on a full one, so every magnitude of
+the batch is tuned anew. Only the convolution is tuned, since its sums have one order whatever the choice. The order of
+all other sums follows from the shapes, so that the same inputs give the same bits, in the next process too.
 
 Shapes: B images, V visible patches, p positions per side of a patch, C channels, k taps per side of the kernel,
 (h, w) grid of patches, N positions of an image, S partial sums of an image.
@@ -69,7 +70,7 @@ def _store(pointer, position, channel, inside, value, channels: tl.constexpr):
     tl.store(pointer + (position * channels)[:, None] + channel[None, :], value.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["runs", "patches", "h", "w"])
+@triton.jit(do_not_specialize=["runs", "magnitude", "patches", "h", "w"])
 def _convolve(
     x,
     taps,
@@ -78,6 +79,7 @@ def _convolve(
     slots,
     y,
     runs,
+    magnitude,  # of runs: for the tuning alone
     patches,
     h,
     w,
@@ -258,8 +260,9 @@ def _gelu_map(x, grad, scale, shift, y, length, channels: tl.constexpr, block_n:
 
 INTERPRETED = not isinstance(_gelu, triton.JITFunction)  # by TRITON_INTERPRET=1, on the CPU, slowly
 
-# (block, block_c, warps). Four elements per thread; or more, for few positions per patch; or for C such as 40 and 80.
-CONVOLUTIONS = ((16, 32, 4), (8, 64, 4), (32, 32, 4), (16, 128, 4), (16, 16, 2))
+# (block, block_c, warps). Four elements per thread, for many programs; or eight, for fewer loads per sum. Each one more
+# costs every new shape seconds of compiling; sixteen per thread spill.
+CONVOLUTIONS = ((16, 32, 4), (32, 32, 4))
 # What follows decides about the order of sums. The interpreter's time goes by the number of programs.
 WEIGHT_GRADIENT = {"block": 64, "block_c": 128} if INTERPRETED else {"block": 16, "block_c": 32}
 GELU = {"block_n": 32, "block_c": 64}
@@ -273,7 +276,9 @@ OPTIONS = {"enable_fp_fusion": True}  # Triton's default until 3.9, which warns 
 def _tuned_convolve() -> Any:
     configs = [triton.Config({"block": n, "block_c": c}, num_warps=warps) for n, c, warps in CONVOLUTIONS]
     kept = "cache_results" in inspect.signature(triton.autotune).parameters  # from Triton 3.4 on: on disk
-    return triton.autotune(configs, ["channels", "p", "k"], **({"cache_results": True} if kept else {}))(_convolve)
+    return triton.autotune(configs, ["channels", "p", "k", "magnitude"], **({"cache_results": True} if kept else {}))(
+        _convolve
+    )
 
 
 def _width(p: int) -> int:
@@ -307,7 +312,7 @@ class Kernels:
 
         kernel, blocks = (_convolve, WEIGHT_GRADIENT) if INTERPRETED else (_tuned_convolve(), {})
         with torch.cuda.device_of(tokens):
-            kernel[grid](tokens, taps, bias, index, slots, y, runs, **sizes, **blocks, **OPTIONS)
+            kernel[grid](tokens, taps, bias, index, slots, y, runs, runs.bit_length(), **sizes, **blocks, **OPTIONS)
         return y
 
     def weight_gradient(

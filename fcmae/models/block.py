@@ -40,7 +40,7 @@ def convnext_block(
         return checkpoint(convnext_block, block, x, engine, mask, grn_scope=grn_scope, rows=rows, use_reentrant=False)
     y = engine.depthwise(x, block.conv_dw.weight, block.conv_dw.bias, mask)
     y = y.permute(0, 2, 3, 1)  # (B, H, W, C)
-    y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
+    y = layer_norm(block.norm, y)
     if recompute == "mlp":
         y = checkpoint(_mlp, block.mlp, y, engine, grn_scope, rows, use_reentrant=False)
     else:
@@ -86,17 +86,31 @@ def global_response_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.to(h.dtype), h, grn_scale(norm, weight).to(h.dtype)[:, None])
 
 
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm over the last axis, in the type of x; torch sums in float32 whatever that is.
+
+    On CUDA, though not on the CPU, autocast would compute, and keep, all of it in float32.
+    """
+    if not x.is_cuda:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    with torch.autocast("cuda", enabled=False):  # its kernel wants one type for all
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
 def linear(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """A linear layer on the last axis; a 1x1 convolution is one too: (..., C) -> (..., D)."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 def patch_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer of stem or downsampling; a convolution is computed as the linear layer per patch that it is.
+    """A layer of stem or downsampling: a LayerNorm over the channels, or a convolution.
 
+    A convolution is computed as the linear layer per patch that it is.
     Its kernel is its stride, so each output sees a patch of its own. torch's convolutions take several times as long
     on the CPU, above all backward and in bfloat16.
     """
+    if isinstance(layer, nn.LayerNorm):
+        return layer_norm(layer, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     if not isinstance(layer, nn.Conv2d):
         return layer(x)
     k = layer.stride[0]
