@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -83,8 +84,12 @@ Broken = list[tuple[str, str]]
 
 
 def _data(config: DictConfig, trained: Trained) -> LabelledDataModule:
-    """The labelled images, read as the network wants them."""
+    """The labelled images, read as the network wants them, and with as many labels each as its classifier knows."""
     given = trained.preparation
+    typed = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    several = trained.multi_label and config.probe is None  # a probe learns whatever labels there are
+    if several and "multi_label" in config.data and "data.multi_label" not in typed:
+        config.data.multi_label = True
     data = build(
         config.data,
         augment=Crop(crop_scale=[1.0, 1.0], flip=False),

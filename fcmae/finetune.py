@@ -41,7 +41,7 @@ def finetune(config: DictConfig) -> None:
     check_choice(config, "class_weights", ("none", "balanced"))
     _check_mode(config)
     command = f"python -m fcmae.predict checkpoint={config.run_dir} images=DIR out=predictions.csv"
-    setting = run_setting(config, next_command=command)
+    setting = run_setting(config, next_command=lambda eight_bits: command)
 
     def parts(folder: RunFolder) -> Parts:
         data = build(config.data)
@@ -94,6 +94,7 @@ def _module(
         ),
         batch_augment=batch_augment,
         ema=_average(config, net),
+        balanced="balanced" in (config.class_weights, data.sampling),
         linear=config.mode == "linear",
         seed=config.seed,
         description=describe(

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     watch()  # before the imports below, which take seconds
 
 import shlex
+from functools import partial
 
 from omegaconf import DictConfig
 
@@ -41,7 +42,7 @@ def pretrain(config: DictConfig) -> None:
     check_choice(config, "strict", (True, False))
     if config.warm_start.decoder_steps is not None:
         check_whole(config, "warm_start.decoder_steps", least=0)
-    setting = run_setting(config, next_command=_next_command(config))
+    setting = run_setting(config, next_command=partial(_next_command, config))
 
     def parts(folder: RunFolder) -> Parts:
         data: ImageDataModule = build(config.data)
@@ -71,14 +72,21 @@ def pretrain(config: DictConfig) -> None:
     train(setting, parts)
 
 
-def _next_command(config: DictConfig) -> str:
-    """Fine-tunes this network on the user's images: its shape, channels and size, where they are not the usual ones."""
+def _next_command(config: DictConfig, eight_bits: bool) -> str:
+    """Fine-tunes this network on the user's images: its shape, channels and size, where they are not the usual ones.
+
+    Args:
+        config: of the pre-training.
+        eight_bits: whether its images had 8 bits per channel.
+    """
     model, data = config.model, config.data
     options = Size(tuple(model.depths), tuple(model.dims)).options.split()
     if not model.get("use_grn", True):  # an own function may have no such option
         options.append("model.use_grn=false")
     if data.in_chans != 3:
         options.append(f"data.in_chans={data.in_chans}")
+    if data.in_chans not in (1, 3) or not eight_bits:
+        options.append("augment.randaugment=null")
     if data.image_size != 224:
         options.append(f"data.image_size={str(data.image_size).replace(' ', '')}")
     return shlex.join(["python", "-m", "fcmae.finetune", *options, f"checkpoint={config.run_dir}", "data.path=DIR"])

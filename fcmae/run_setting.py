@@ -1,5 +1,6 @@
 """What the verbs that train take from their configuration alike."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from fcmae.data.statistics import channel_statistics
 from fcmae.errors import UserError
 from fcmae.launch import build
 from fcmae.run_inference import progress_bar
+from fcmae.training.run_folder import RunFolder
 from fcmae.training.session import Setting
 
 
-def run_setting(config: DictConfig, *, next_command: str) -> Setting:
+def run_setting(config: DictConfig, *, next_command: Callable[[bool], str]) -> Setting:
     """The folder's, the trainer's and the loggers' part of a training run's configuration.
 
     Args:
         config: of the run.
-        next_command: what one would type after it.
+        next_command: what one would type after it, see `Setting`.
     """
 
     def loggers(wandb_id: str | None) -> list[Logger]:
@@ -55,12 +57,11 @@ def settle_normalization(config: DictConfig) -> None:
     would not fit; `auto` measures them. All that is made of the configuration afterwards follows from the numbers.
     """
     typed = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
-    for known in (_of_the_run(config), _of_the_checkpoint(config)):
-        for name in ("mean", "std"):
-            fits = len(known.get(name, ())) == config.data.in_chans
-            if fits and (config.data[name] == "auto" or f"data.{name}" not in typed):
-                config.data[name] = list(known[name])
-                typed.add(f"data.{name}")
+    known = _of_the_run(config) or _of_the_checkpoint(config)
+    for name in ("mean", "std"):
+        fits = len(known.get(name, ())) == config.data.in_chans
+        if fits and (config.data[name] == "auto" or f"data.{name}" not in typed):
+            config.data[name] = list(known[name])
     names = [name for name in ("mean", "std") if config.data[name] == "auto"]
     measured = _measured(config) if names else {}
     for name in names:
@@ -68,18 +69,19 @@ def settle_normalization(config: DictConfig) -> None:
 
 
 def _of_the_run(config: DictConfig) -> dict[str, Any]:
-    """The `data` of the run in `run_dir`, if there is one to go on with."""
-    file = Path(config.run_dir) / "config.yaml"
-    if config.resume == "never" or not file.is_file():
+    """The `data` of the run in `run_dir`, if there is one to go on with; a start that saved nothing is none."""
+    folder = RunFolder(Path(config.run_dir))
+    begun = folder.is_finished() or any(folder.checkpoints.glob("*.ckpt"))
+    if config.resume == "never" or not begun or not folder.config.is_file():
         return {}
-    earlier: dict[str, Any] = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data", {})
+    earlier: dict[str, Any] = (yaml.safe_load(folder.config.read_text(encoding="utf-8")) or {}).get("data", {})
     return earlier
 
 
 def _of_the_checkpoint(config: DictConfig) -> dict[str, Any]:
     """How images were prepared for the network that a run starts from, if its file says so."""
     start = config.get("checkpoint") or config.get("init")
-    if start is None or _of_the_run(config):
+    if start is None:
         return {}
     given: dict[str, Any] = (read_weights(start).description or {}).get("input", {})
     return given

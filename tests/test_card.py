@@ -15,12 +15,14 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from PIL import Image
 from test_export_timm import Fill
 from test_export_timm import trained as write
 
 from fcmae.conversion.card import Facts, model_card
 from fcmae.conversion.comparison import Difference, difference, photographs
 from fcmae.conversion.formats import FORMATS, get_conversion
+from fcmae.data.decoding import open_picture
 from fcmae.data.preparation import Preparation
 from fcmae.inference.trained import Trained
 
@@ -265,6 +267,37 @@ def test_lines_for_a_folder_and_for_the_hub(to, classifier):
         assert '"./digits/model.' in hub["python"]
         assert "ada" not in hub["python"]
     compile(hub["python"], "card", "exec")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("to", "side"), [("hf", (64, 64)), ("hf", (64, 96)), ("timm", (64, 64)), ("torch", (64, 96)), ("onnx", (64, 64))]
+)
+def test_greys_of_16_bits_are_what_they_are_here(to, side, randomise, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = write(tmp_path / "run", randomise, channels=1, image_size=list(side))
+    (tmp_path / "x").mkdir()
+    get_conversion(to).write(network, tmp_path / "x")
+    pixels = torch.randint(0, 2**16, (400, 600), generator=torch.Generator().manual_seed(0)).numpy()
+    Image.fromarray(pixels.astype("uint16")).save("image.png")
+    text = card(network, to=to)
+    (told,) = re.findall(r"^Files of 16 bits.*", text, re.MULTILINE)
+    eight, sixteen, more = re.findall("`(.*?)`", told)
+    lines = fences(text)["python"]
+    assert eight in lines
+    names: dict[str, Any] = {}
+    exec(f"{more}\n{lines.replace(eight, sixteen)}", names)
+    preparation = network.preparation
+    picture = open_picture("image.png", name="image.png", in_chans=1)
+    ours = preparation.normalization()(preparation.transform()(picture)[None])
+    assert torch.allclose(ours, torch.as_tensor(names["images"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_are_told_of_where_greys_are_opened(to, channels, randomise, tmp_path):
+    text = card(write(tmp_path, randomise, channels=channels), to=to)
+    assert ("Files of 16 bits" in text) == (channels == 1 and to != "backbone")
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -72,6 +72,8 @@ def test_one_class_per_image_as_in_sklearn(seed, classes, pieces, sharpness, hid
         -log_softmax(logits, axis=1)[range(len(labels)), labels].mean(), rel=1e-5
     )
     assert report.metrics["acc1"] == pytest.approx(reference.accuracy_score(labels, predictions))
+    recall = reference.recall_score(labels, predictions, labels=np.unique(labels), average="macro", zero_division=0)
+    assert report.metrics["balanced_accuracy"] == pytest.approx(recall)
     assert report.metrics["ece"] == pytest.approx(calibration_error(softmax(logits, axis=1), labels), abs=1e-6)
     assert ("acc5" in report.metrics) == (classes > 5)
     if classes > 5:
@@ -164,6 +166,14 @@ def test_all_wrong_and_a_class_without_images() -> None:
     assert np.isnan(report.per_class["recall"][1])
     assert report.per_class["f1"] == [0, 0, 0]
     assert np.isnan(report.per_class["precision"][2])
+
+
+def test_balanced_accuracy_counts_every_class_that_has_images_the_same() -> None:
+    labels = torch.tensor([0] * 95 + [1] * 5 + [-1])  # the last one could not be read, and of class 2 there is none
+    always_the_first = torch.tensor([9.0, 0.0, 0.0]).expand(len(labels), 3)
+    report = report_on(always_the_first, labels)
+    assert (report.metrics["acc1"], report.metrics["balanced_accuracy"]) == (0.95, 0.5)
+    assert [line.split() for line in report.lines()][3] == ["balanced", "accuracy", "50.00%"]
 
 
 def test_a_diverged_model_looks_like_one(tmp_path) -> None:

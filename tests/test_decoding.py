@@ -201,6 +201,34 @@ def test_of_several_pages_the_first_unless_they_are_the_bands(kind):
     assert torch.equal(first, decode(tiff(frames[0], photometric="rgb"), "x.tif", 4))
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("shape", [(8, 6, 13), (6, 8, 2), (6, 13, 13), (1, 6, 5), (6, 1, 5)])
+def test_an_array_that_tifffile_has_written_row_by_row_is_read_as_it_was(shape, kind, compression):
+    array = numbers(*shape, kind=kind)
+    file = tiff(array, compression=compression)
+    with tifffile.TiffFile(io.BytesIO(file)) as opened:
+        assert (len(opened.pages), opened.pages.first.shape) == (shape[0], shape[1:])
+    values = torch.from_numpy(array.astype(np.float32)) / (65535 if kind == "uint16" else 1)
+    assert torch.equal(decode(file, "x.tif", shape[2]).float(), values.permute(2, 0, 1))
+    # Nothing else is: other numbers of channels, and as many pages as channels, which are the bands.
+    with pytest.raises(ChannelsError, match=f"not data.in_chans={shape[2] + 2}"):
+        decode(file, "x.tif", shape[2] + 2)
+    square = numbers(13, 6, 13, kind=kind)
+    bands = torch.from_numpy(square.astype(np.float32)) / (65535 if kind == "uint16" else 1)
+    assert torch.equal(decode(tiff(square, compression=compression), "x.tif", 13).float(), bands)
+
+
+@pytest.mark.parametrize("arrays", [[(8, 6, 13), (1, 6, 13)], [(2, 4, 6, 13)], [(8, 6, 13), (9, 9)]])
+def test_pages_that_are_no_rows_of_one_array_are_refused(arrays):
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for shape in arrays:
+            writer.write(numbers(*shape, kind="uint16"), photometric="minisblack")
+    with pytest.raises(ChannelsError, match=r"1 channels \(shape of a page: \(6, 13\)\), not data.in_chans=13"):
+        decode(file.getvalue(), "x.tif", 13)
+
+
 def test_the_planes_of_one_page_are_its_colours():
     array = numbers(3, 6, 9, kind="uint16")
     pixels = decode(tiff(array, photometric="rgb", planarconfig="separate"), "x.tif", 3)
@@ -337,13 +365,15 @@ def test_what_cannot_be_read_is_said(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-@pytest.mark.parametrize("kind", ["tif", "npy"])
+@pytest.mark.parametrize("kind", ["tif", "rows.tif", "npy"])
 def test_too_many_pixels_are_refused_before_they_are_read_as_pil_refuses_others(kind, monkeypatch):
     array = numbers(13, 11, 2)
-    file = npy(array) if kind == "npy" else tiff(array, photometric="minisblack", planarconfig="contig")
+    planes = {} if kind == "rows.tif" else {"planarconfig": "contig"}
+    file = npy(array) if kind == "npy" else tiff(array, photometric="minisblack", **planes)
     assert decode(file, f"x.{kind}", 2).shape == (2, 13, 11)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 71)
     monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", None)
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(ValueError, match="13 x 11 pixels are more than 142"):
         open_picture(file, name=f"x.{kind}", in_chans=2)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import command
+from PIL import Image
 
 from fcmae import UserError
 from fcmae.evaluate import evaluate
@@ -91,3 +93,42 @@ def test_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "outputs/finetune/x", tmp_path / "run")
     with pytest.raises(UserError, match="out=run is the folder of a run: name another"):
         evaluate(compose("evaluate", ["checkpoint=outputs/finetune/x", "data.path=y", "out=run"]))
+
+
+@pytest.fixture
+def several_labels(tmp_path: Path) -> Path:
+    """A folder with images of any number of classes, a table of them, and a network fine-tuned on them for a step."""
+    rows = ["image,label,split"]
+    for number in range(24):
+        Image.effect_noise((40, 40), 80).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{('cat', 'dog', 'cat; dog', '')[number % 4]},{'val' if number > 15 else 'train'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    model = ["+model=custom", "model.depths=[1,1,1,1]", "model.dims=[8,16,32,64]", "data.image_size=64"]
+    short = ["data.batch_size=8", "data.num_workers=0", "epochs=1", "optim.warmup_epochs=0", "trainer=cpu"]
+    several = [
+        "data.multi_label=true",
+        "label_smoothing=0",
+        "batch_augment=none",
+        "run_name=several",
+        "checkpoint=null",
+    ]
+    result = command("finetune", tmp_path, *model, *short, *several, *TABLE)
+    assert result.code == 0, result.err
+    return tmp_path
+
+
+TABLE = ["data=table", "data.path=.", "data.table=labels.csv"]
+
+
+def test_a_checkpoint_knows_that_images_have_several_labels(several_labels: Path) -> None:
+    options = ["checkpoint=outputs/finetune/several", *TABLE, "device=cpu", "num_workers=0"]
+    result = command("evaluate", several_labels, *options)
+    assert result.code == 0, result.err
+    assert "mean average precision" in result.out
+    out = several_labels / "outputs/evaluate/finetune-several"
+    assert json.loads((out / "about.json").read_text())["data"]["multi_label"] is True
+    assert command("evaluate", several_labels, *options, "data.multi_label=true").code == 0  # the same evaluation
+    typed = command("evaluate", several_labels, *options, "data.multi_label=false", "out=typed")
+    assert "add data.multi_label=true" in typed.error
+    probed = command("evaluate", several_labels, *options, "probe=linear")  # of whatever labels
+    assert "add data.multi_label=true" in probed.error

@@ -29,6 +29,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from fcmae import UserError
 from fcmae.checkpoints.weights import read_weights
 from fcmae.conversion.hf import HuggingFace
+from fcmae.data.decoding import open_picture
 from fcmae.data.picture import Decoded
 from fcmae.data.preparation import Preparation
 from fcmae.inference.trained import Trained
@@ -283,6 +284,18 @@ def test_the_pipeline_takes_arrays_of_other_channels(folder: Path, randomise: Fi
     pixels = Decoded(torch.from_numpy(picture).permute(2, 0, 1))
     ours = network.net(network.preparation.normalization()(network.preparation.transform()(pixels)[None]))
     assert (ours.softmax(1)[0] - scores(network, classifier(picture, top_k=5))).abs().max() < 1e-3
+
+
+@torch.inference_mode()
+def test_the_pipeline_takes_greys_of_16_bits_as_the_page_has_it(folder: Path, randomise: Fill) -> None:
+    network = trained(randomise, channels=1, side=(224, 224))
+    classifier = transformers.pipeline("image-classification", model=str(written(network, folder / "out")))
+    Image.fromarray(np.array(photograph().convert("L")).astype(np.uint16) * 257).save("image.png")
+    (scaled,) = re.findall(r"`(np\.asarray\(.*?)`", PAGE)
+    picture = open_picture("image.png", name="image.png", in_chans=1)
+    ours = network.net(network.preparation.normalization()(network.preparation.transform()(picture)[None]))
+    theirs = scores(network, classifier(eval(scaled), top_k=5))
+    assert (ours.softmax(1)[0] - theirs).abs().max() < 1e-5
 
 
 def test_an_oblong_crop_has_no_processor_and_the_pipeline_says_so(tmp_path: Path, randomise: Fill) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning: what it starts from, the rates of its steps, its moving average, its modes, and what it refuses."""
 
+import csv
 import json
 import math
 import re
@@ -462,6 +463,40 @@ def test_the_best_checkpoint_is_used_with_the_weights_it_was_chosen_by(place: Pa
     for ema, code in (("true", 0), ("null", 0), ("false", 2)):
         arguments[0] = f"checkpoint={RUN}/exported"
         assert command("evaluate", place, *arguments, f"ema={ema}", "out=evaluated").code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "by"),
+    [
+        ([], "acc1"),
+        (["class_weights=balanced"], "balanced_accuracy"),
+        (["data.sampling=balanced", "ema.decay=0.5"], "balanced_accuracy"),
+    ],
+)
+def test_where_classes_are_balanced_the_best_is_so_too(place: Path, options: list[str], by: str) -> None:
+    (place / "images/val/dog/00.png").write_text("no image")
+    rates = [
+        "epochs=2",
+        "optim.base_lr=0.3",
+        "model.head_init_scale=1",
+        "augment.randaugment=null",
+        "data.max_broken=1",
+    ]
+    summary = finetune(place, *rates, *options)
+    best = torch.load(place / RUN / "checkpoints/best.ckpt", weights_only=True)["fcmae"]["best"]
+    assert best["metric"] in {f"val_{by}", f"val_ema_{by}"}
+    log = (place / RUN / "train.log").read_text()
+    assert ("best.ckpt: the one with the highest balanced accuracy, not top-1" in log) == (by != "acc1")
+    accuracy = summary["val_balanced_accuracy"]
+    assert f"balanced accuracy {accuracy:.2%}, loss" in log
+    arguments = [f"checkpoint={RUN}", "data.path=images", "num_workers=0", "device=cpu", "max_broken=1", "ema=false"]
+    result = command("evaluate", place, *arguments, "out=evaluated")
+    assert result.code == 0, result.err
+    assert json.loads((place / "evaluated/metrics.json").read_text())["balanced_accuracy"] == pytest.approx(accuracy)
+    assert re.search(rf"^balanced accuracy +{accuracy:.2%}$", result.out, re.MULTILINE)
+    with (place / "evaluated/per_class.csv").open() as file:
+        recalls = [float(row["recall"]) for row in csv.DictReader(file)]
+    assert accuracy == pytest.approx(sum(recalls) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ def test_labels_of_a_plain_column_are_its_values_in_order(values, text):
     assert [class_names[label] for label in labels] == [str(cell) for cell in cells] * 2
 
 
+def test_a_class_that_a_column_spells_in_two_ways_is_refused():
+    column = pa.chunked_array([["1", "2"], ["x", "1.0", "2"]])
+    message = r"data\.label_column=kind: '1' \(row 1\) and '1\.0' \(row 4\) are one class: write both in one way"
+    with pytest.raises(UserError, match=message):
+        encode_labels([column], datasets.Value("string"), name="kind")
+
+
 # -- the order --
 
 

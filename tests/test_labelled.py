@@ -24,6 +24,7 @@ from fcmae import UserError
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.digits import DigitsDataModule
 from fcmae.data.folder import FolderDataModule
+from fcmae.data.image_lists import read_list
 from fcmae.data.imagefolder import ImageFolder, ImageFolderDataModule
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.picture import Decoded
@@ -306,6 +307,20 @@ def test_a_table_may_give_an_image_any_number_of_classes(tmp_path):
     assert source.labels.tolist() == [[True, True, False], [False, False, False], [True, False, True]]
 
 
+@pytest.mark.parametrize("columns", ["path,label,notes", "notes,label,image", "path,label,image"])
+def test_a_tables_paths_stand_where_those_of_a_list_do(columns, tmp_path):
+    source = table(tmp_path, columns + "\na.png,x,b.png\nb.png,y,a.png\n")
+    found = [source.sample_id(index) for index in range(2)]
+    assert found == read_list(tmp_path / "labels.csv")
+    assert found == (["b.png", "a.png"] if "image" in columns else ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize("names", ["1.0,2.0", "1,1.5", "01,1", "1.0.0,1.0", "1_0,10", "x.0,x", "1e0,1"])
+def test_classes_that_are_no_two_spellings_of_a_whole_number_stay(names, tmp_path):
+    first, second = names.split(",")
+    assert table(tmp_path, f"image,label\na.png,{first}\nb.png,{second}\n").class_names == sorted([first, second])
+
+
 def test_a_tables_cells_may_hold_commas_quotation_marks_and_foreign_letters(tmp_path):
     names = ["a,1.png", 'b "2".png', "größe/ö.png"]
     write(tmp_path, *names)
@@ -330,10 +345,10 @@ def test_empty_lines_and_empty_last_cells_are_no_mistakes(tmp_path):
 
 
 BAD_TABLES = {
-    b"": "TABLE has no column 'image', only none: name it in line 1",
-    b"image;label\na.png;x\n": "TABLE has no column 'image', only image;label: name it in line 1",
+    b"": "TABLE has no column 'image' or 'path', only none: name it in line 1",
+    b"image;label\na.png;x\n": "TABLE has no column 'image' or 'path', only image;label: name it in line 1",
     b"image,class\na.png,x\n": "TABLE has no column 'label', only image, class: name it in line 1",
-    b"a.png,x\nb.png,y\n": "TABLE has no column 'image', only a.png, x: name it in line 1",
+    b"a.png,x\nb.png,y\n": "TABLE has no column 'image' or 'path', only a.png, x: name it in line 1",
     b"image,label\n": "TABLE lists no image: add a line for each",
     b"image,label\na.png,x\nb.png,\n": "TABLE, line 3: an image and a label are needed, found 'b.png' and ''",
     b"image,label\na.png,x\n\n,y\n": "TABLE, line 4: an image and a label are needed, found '' and 'y'",
@@ -348,6 +363,8 @@ BAD_TABLES = {
     b"image,label\nd.png,x\ne.png,y\n": "ROOT/d.png of TABLE does not exist: name its folder in data.path",
     b"image,label\na.png,\xe4\nb.png,y\n": r"data.table=TABLE cannot be read \(.*\): name a CSV file in UTF-8",
     b"image,label\n,x;y\n": "TABLE, line 2: .*",
+    b"image,label\na.png,1\nb.png,2\nc.png,1.0\n": "TABLE, line 4: class '1.0' is '1' in line 2: write both in one way",
+    b"path,label\na.png,-3.00\nb.png,-3\n": "TABLE, line 3: class '-3' is '-3.00' in line 2: write both in one way",
 }
 
 
@@ -365,6 +382,7 @@ def test_tables_are_refused(content, tmp_path):
         ("image,label\n,x;y\n", "line 2: an image and a label are needed"),
         ("image,label\na.png,;\nb.png,\n", "names 0 classes, at least 2"),
         ("image,label\na.png,x;x\nb.png,\n", "names 1 classes, at least 2"),
+        ("image,label\na.png,x;2.0\nb.png,\nc.png,1;2\n", "line 4: class '2' is '2.0' in line 2: write both in"),
     ],
 )
 def test_tables_of_several_labels_are_refused(content, message, tmp_path):

@@ -1,9 +1,13 @@
 """The command that a pre-training ends with works as it is printed."""
 
+import re
 import shlex
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from micro import MICRO, command, pretrain
 
 from fcmae.config_check import check_same_input
 from fcmae.launch import compose
@@ -36,7 +40,7 @@ def test_the_command_fine_tunes_the_same_network(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x"])
     before = compose("pretrain", arguments)
-    command, run_dir = _next_command(before), before.run_dir
+    command, run_dir = _next_command(before, eight_bits=True), before.run_dir
     assert said in command
     python, dash_m, module, *options = shlex.split(command)
     assert (python, dash_m, module) == ("python", "-m", "fcmae.finetune")
@@ -47,3 +51,32 @@ def test_the_command_fine_tunes_the_same_network(
     assert before.data.in_chans == after.data.in_chans
     assert before.data.image_size == after.data.image_size
     assert after.checkpoint == run_dir
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "advised"),
+    [
+        ((40, 48), np.uint8, False),
+        ((40, 48), np.uint16, True),
+        ((40, 48, 3), np.uint16, True),
+        ((40, 48, 4), np.uint8, True),
+    ],
+    ids=str,
+)
+def test_the_command_works_with_images_of_any_kind(
+    shape: tuple[int, ...], kind: type, advised: bool, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    for number in range(40):
+        file = tmp_path / f"images/{'ab'[number % 2]}/{number}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, random.integers(0, np.iinfo(kind).max, shape).astype(kind))
+    measured = [f"data.in_chans={(*shape, 1)[2]}", "data.mean=auto", "data.std=auto"]
+    result = pretrain(tmp_path, *MICRO, "data=folder", "data.path=images", *measured, "data.num_workers=0", "epochs=1")
+    assert result.code == 0, result.err
+    (line,) = re.findall("next: (.*)", result.out + result.err)
+    assert ("augment.randaugment=null" in line) == advised
+    options = shlex.split(line.replace("data.path=DIR", "data.path=images"))[3:]
+    small = ["data.batch_size=8", "data.num_workers=0", "epochs=1", "optim.warmup_epochs=0", "trainer=cpu"]
+    result = command("finetune", tmp_path, *options, *small)
+    assert result.code == 0, result.err

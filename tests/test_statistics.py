@@ -1,5 +1,7 @@
 """data.mean=auto: measured when a run begins, and whose numbers a run takes otherwise."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,54 @@ def test_images_of_one_colour_are_refused(tmp_path):
         channel_statistics(folder_data(tmp_path), lambda *progress: None)
 
 
+SCALES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "shares": ("uint16", lambda values: values),
+    "bytes": ("uint8", lambda values: values // 257),
+    "raw": ("float32", lambda values: values / 7),
+    "signed": ("int16", lambda values: values // 2),
+    "fractions": ("float32", lambda values: values / 77777),
+    "fifths": ("float32", lambda values: values % 6 / 5),
+    "flags": ("float32", lambda values: values % 2),
+    "halves": ("float16", lambda values: values / 65535),
+}
+
+
+def scales(folder: Path, kinds: list[str]) -> None:
+    """Six TIFFs of each kind, of values from 0 to 65535 and what becomes of them."""
+    values = np.random.default_rng(0)
+    for number, name in enumerate(kinds * 6):
+        kind, change = SCALES[name]
+        tifffile.imwrite(folder / f"{number:02d} {name}.tif", change(values.integers(0, 65536, (64, 64))).astype(kind))
+
+
+@pytest.mark.parametrize("kinds", [["shares", "raw"], ["raw", "bytes"], ["fractions", "raw", "shares"]])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shares_beside_large_numbers_are_warned_of_once(kinds, workers, tmp_path, caplog):
+    scales(tmp_path, kinds)
+    data = folder_data(tmp_path, in_chans=1, mean=[0.5], std=[0.5], num_workers=workers)
+    channel_statistics(data, lambda *progress: None)
+    (record,) = caplog.records
+    share = kinds[-1] if kinds[-1] != "raw" else kinds[0]
+    assert re.fullmatch(
+        rf"images on two scales, which no mean fits: \d\d {share}\.tif is read as shares of its integers' range "
+        r"\(0 to 1\), \d\d raw\.tif as it is \(up to \d+(\.\d+)?\): save all with one type of numbers, or train on "
+        r"one kind",
+        record.getMessage(),
+    )
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [["raw"], ["shares"], ["signed"], ["shares", "bytes"], ["shares", "fractions"], ["signed", "raw"]]
+    + [["raw", small] for small in ("fractions", "fifths", "flags", "halves")],
+    ids="-".join,
+)
+def test_files_of_one_scale_are_not_warned_of(kinds, tmp_path, caplog):
+    scales(tmp_path, kinds)
+    channel_statistics(folder_data(tmp_path, in_chans=1, mean=[0.5], std=[0.5]), lambda *progress: None)
+    assert not caplog.records
+
+
 def test_a_run_keeps_the_numbers_and_what_follows_it_takes_them(tmp_path):
     write_images(tmp_path / "images", 24)
     for name in ("train", "val"):
@@ -81,6 +131,24 @@ def test_a_run_keeps_the_numbers_and_what_follows_it_takes_them(tmp_path):
         found = said(tmp_path / "outputs" / "finetune" / name)
         assert found["mean"] == mean
         assert found["std"] == numbers["std"]
+
+
+def test_numbers_of_a_start_that_saved_nothing_are_measured_anew(tmp_path):
+    files = write_images(tmp_path / "images", 24)
+    for file in files[::3]:
+        file.write_bytes(b"broken")
+    failed = pretrain(tmp_path, *FOLDER, *AUTO, "data.max_broken=0.01")
+    assert "images cannot be read (data.max_broken=0.01)" in failed.error
+    before = said(tmp_path / RUN)
+    assert not [*(tmp_path / RUN / "checkpoints").iterdir()]
+    for file in write_images(tmp_path / "others", 24):
+        Image.fromarray(np.asarray(Image.open(file)) // 4).save(file)
+    (tmp_path / RUN / "skipped.jsonl").unlink()
+    assert pretrain(tmp_path, *FOLDER, *AUTO, "data.path=others", "epochs=1").code == 0
+    now = said(tmp_path / RUN)
+    assert np.allclose(before["mean"], 0.5, atol=0.01)
+    assert np.allclose(now["mean"], 0.125, atol=0.01)
+    assert np.allclose(np.array(now["std"]) * 4, before["std"], rtol=0.02)
 
 
 def test_evaluation_asks_for_numbers(tmp_path):

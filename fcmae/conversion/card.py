@@ -18,6 +18,7 @@ from fcmae.checkpoints.lineage import DROPPED, Lineage
 from fcmae.checkpoints.names import Size
 from fcmae.checkpoints.weights import is_classifier
 from fcmae.conversion.conversion import Conversion
+from fcmae.conversion.picture_lines import opened
 from fcmae.inference.trained import Trained
 
 _ON_THE_HUB = {"hf": "transformers", "timm": "timm", "backbone": "transformers", "onnx": "onnx"}
@@ -133,7 +134,21 @@ def _loading(trained: Trained, conversion: Conversion, facts: Facts) -> str:
         folder = name.partition("/")[2]
         download = f"```shell\nhf download {name} --local-dir {folder}\n```\n\n"
         name = f"./{folder}"
-    return f"## Load it\n\n{download}```python\n{conversion.usage(name, trained)}\n```"
+    lines = conversion.usage(name, trained)
+    return f"## Load it\n\n{download}```python\n{lines}\n```{_of_16_bits(lines, trained, facts)}"
+
+
+def _of_16_bits(lines: str, trained: Trained, facts: Facts) -> str:
+    """What the lines are to say for greys of 16 bits, as the network may well have been trained on: no file tells."""
+    opens = opened(trained.preparation)
+    if trained.preparation.in_chans != 1 or opens is None or opens not in lines:
+        return ""
+    to_scale = "/ 65535" if facts.to == "timm" else "* (255 / 65535)"  # timm's transform divides bytes alone
+    instead = f'Image.fromarray(np.asarray(Image.open("image.png"), np.float32) {to_scale})'
+    return (
+        f"\n\nFiles of 16 bits are clipped to 255 by `{opens}`: for them write `{instead}` in its place, after "
+        "`import numpy as np`."
+    )
 
 
 def _input(trained: Trained) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fcmae.data.picture import Decoded, Picture, Pixels, as_shares
 
 if TYPE_CHECKING:
-    from tifffile import TiffPage
+    from tifffile import TiffFile, TiffPage
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = {1: "L", 3: "RGB"}
@@ -135,6 +135,9 @@ def _read_tiff(file: str | Path | bytes, in_chans: int) -> Tensor:
             raise ChannelsError(f"{len(opened.pages)} pages of one channel each, not data.in_chans=3")
         if in_chans not in _MODES and page.samplesperpixel == 1 and len(opened.pages) == in_chans:
             pages = [each.aspage() for each in opened.pages]  # a page per band, as satellites' often are
+        elif in_chans not in _MODES and _pages_are_rows(opened, in_chans):
+            _check(len(opened.pages), page.imagelength, page.dtype)
+            return _as_pixels(np.moveaxis(opened.series[0].asarray(), 2, 0))
         _check_tiff(pages, in_chans)
         planes = [each.asarray(squeeze=False) for each in pages]  # (P, 1, H, W, S), P or S is 1
     array = np.concatenate([each[:, 0].transpose(0, 3, 1, 2).reshape(-1, *each.shape[2:4]) for each in planes])
@@ -144,6 +147,13 @@ def _read_tiff(file: str | Path | bytes, in_chans: int) -> Tensor:
     pixels, orientation = _as_pixels(array), page.tags.valueof(_ORIENTATION, default=1)
     pixels = (pixels.transpose(1, 2) if orientation in _TURNED else pixels).flip(_FLIPPED.get(orientation, ()))
     return _as_seen(pixels, page.extrasamples, in_chans) if in_chans in _MODES else pixels
+
+
+def _pages_are_rows(opened: "TiffFile", in_chans: int) -> bool:
+    """Whether tifffile was given an array (H, W, C) and nothing else: it then writes a page (W, C) for each row."""
+    page = opened.pages.first
+    rows = (len(opened.pages), page.imagelength, in_chans)
+    return page.samplesperpixel == 1 and page.is_shaped and opened.series[0].shape == rows
 
 
 def _check_tiff(pages: "Sequence[TiffPage]", in_chans: int) -> None:

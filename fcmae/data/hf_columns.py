@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fcmae.data.decoding import open_picture
 from fcmae.data.picture import Picture
+from fcmae.data.source import spelled_plainly
 from fcmae.errors import UserError
 
 _TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either order of bytes, small and big
@@ -63,7 +64,7 @@ def encode_labels(columns: Sequence[Any], feature: Any, *, name: str) -> tuple[l
         name: of the column.
 
     Raises:
-        UserError: an image without a label, or fewer than two classes.
+        UserError: an image without a label, a class that is spelled in two ways, or fewer than two classes.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -74,6 +75,12 @@ def encode_labels(columns: Sequence[Any], feature: Any, *, name: str) -> tuple[l
     if class_names is None:
         found = sorted(values.unique().drop_null().to_pylist())
         class_names = [str(value) for value in found]
+        spelled: dict[str, str] = {}
+        for class_name in class_names:
+            first = spelled.setdefault(spelled_plainly(class_name), class_name)
+            if first != class_name:
+                one, other = (f"{each!r} (row {pc.index(values, each).as_py() + 1})" for each in (first, class_name))
+                raise UserError(f"data.label_column={name}: {one} and {other} are one class: write both in one way")
         values = pc.index_in(values, value_set=pa.array(found, type=kind), skip_nulls=True)
     labels = torch.tensor(values.fill_null(-1).to_numpy(), dtype=torch.int64)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):

@@ -8,7 +8,8 @@ from fcmae.data.decoding import EXTENSIONS
 from fcmae.errors import UserError, in_a_line
 
 LIST_EXTENSIONS = (".csv", ".parquet", ".txt")
-_COLUMNS = ("image", "path")
+IMAGE_COLUMNS = ("image", "path")
+"""Where a table's paths are: the first of these that it has."""
 
 
 def read_list(file: Path) -> list[str]:
@@ -76,12 +77,11 @@ def _read_parquet(file: Path) -> Iterator[str]:
 
 
 def _column(file: Path, columns: Sequence[str]) -> str:
-    for name in (*_COLUMNS, *(columns if len(columns) == 1 else ())):
+    for name in (*IMAGE_COLUMNS, *(columns if len(columns) == 1 else ())):
         if name in columns:
             return name
-    raise UserError(
-        f"data.path={file} has no column 'image' or 'path', only {', '.join(columns) or 'none'}: name the one of paths"
-    )
+    wanted, found = " or ".join(map(repr, IMAGE_COLUMNS)), ", ".join(columns) or "none"
+    raise UserError(f"data.path={file} has no column {wanted}, only {found}: name the one of paths")
 
 
 def _checked(path: str, where: str) -> str:

@@ -1,5 +1,6 @@
 """What every source of images gives, and the samples and batches made from it."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -79,6 +80,12 @@ class Batch(NamedTuple):
     """(B,) int64 or (B, classes) float32, where the source has labels."""
     surplus: bool = False
     """Counts for nothing: the images are repeated, so that all ranks validate with equally many batches."""
+
+
+def spelled_plainly(class_name: str) -> str:
+    """A class that is a whole number, without the `.0` that pandas appends where cells of its column are empty."""
+    found = re.fullmatch(r"([+-]?\d+)\.0+", class_name)
+    return found[1] if found else class_name
 
 
 def check_channels(source: Source) -> None:

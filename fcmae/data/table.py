@@ -2,21 +2,23 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fcmae.data.folder import Folder
+from fcmae.data.image_lists import IMAGE_COLUMNS
 from fcmae.data.labelled import LabelledDataModule
-from fcmae.data.source import check_channels
+from fcmae.data.source import check_channels, spelled_plainly
 from fcmae.errors import UserError
 
 _SPLITS = {"train": False, "val": True}
 
 
 class Table(Folder):
-    """The images that a CSV file lists: columns `image` and `label`, and `split` (train or val) if it has one.
+    """The images that a CSV file lists: columns `image` or else `path`, `label`, and perhaps `split` (train or val).
 
     Args:
         path: folder that the paths in the table start from.
@@ -26,8 +28,8 @@ class Table(Folder):
 
     Raises:
         UserError: the file or a column is missing, a line lacks an image or a label or has more cells than columns, a
-            quotation mark is never closed, a split is unknown, an image stands there twice, there is no image, there
-            are fewer than two classes, or none of the first images exists.
+            quotation mark is never closed, a split is unknown, an image stands there twice, a class is spelled in
+            two ways, there is no image, there are fewer than two classes, or none of the first images exists.
     """
 
     def __init__(self, *, path: str | Path, table: str | Path, multi_label: bool, in_chans: int) -> None:
@@ -63,22 +65,18 @@ class Table(Folder):
             raise UserError(f"data.table={self.table} cannot be read ({error}): name a CSV file in UTF-8") from error
 
     def _read(self, rows: "csv.DictReader[str]") -> list[str]:
-        columns = rows.fieldnames or []
-        for column in ("image", "label"):
-            if column not in columns:
-                raise UserError(
-                    f"{self.table} has no column {column!r}, only {', '.join(columns) or 'none'}: name it in line 1"
-                )
+        image_column, label_column = self._column(rows, IMAGE_COLUMNS), self._column(rows, ["label"])
         base = os.path.join(os.path.abspath(self.path), "")  # noqa: PTH100, PTH118
         names: dict[str, None] = {}
+        spelled: dict[str, tuple[str, int]] = {}  # as it stands in the first line that has it
         for row in rows:
             where = f"{self.table}, line {rows.line_num}"
             if any(row.get(None, [])):  # a label would be read from the wrong place
                 raise UserError(
                     f"{where}: there are more cells than columns: put quotation marks around what holds a comma"
                 )
-            name, split = (row["image"] or "").strip(), (row.get("split") or "").strip() or "train"
-            label = (row["label"] or "").strip()
+            name, split = (row[image_column] or "").strip(), (row.get("split") or "").strip() or "train"
+            label = (row[label_column] or "").strip()
             labels = [part.strip() for part in label.split(";") if part.strip()] if self._multi_label else [label]
             if not name or (not self._multi_label and not label):
                 raise UserError(f"{where}: an image and a label are needed, found {name!r} and {label!r}")
@@ -89,6 +87,10 @@ class Table(Folder):
             name = os.path.normpath(name).removeprefix(base)  # one name, however it is written
             if name in names:
                 raise UserError(f"{where}: {name} stands there a second time: remove the line")
+            for label in labels:
+                first, line = spelled.setdefault(spelled_plainly(label), (label, rows.line_num))
+                if first != label:
+                    raise UserError(f"{where}: class {label!r} is {first!r} in line {line}: write both in one way")
             if _SPLITS[split]:
                 self._held_out.append(len(names))
             names[name] = None
@@ -101,6 +103,14 @@ class Table(Folder):
             )
         return list(names)
 
+    def _column(self, rows: "csv.DictReader[str]", wanted: Sequence[str]) -> str:
+        columns = rows.fieldnames or []
+        for name in wanted:
+            if name in columns:
+                return name
+        names, found = " or ".join(map(repr, wanted)), ", ".join(columns) or "none"
+        raise UserError(f"{self.table} has no column {names}, only {found}: name it in line 1")
+
 
 @dataclass(kw_only=True, eq=False)
 class TableDataModule(LabelledDataModule):
@@ -108,7 +118,7 @@ class TableDataModule(LabelledDataModule):
 
     Args:
         path: folder that the paths in the table start from.
-        table: the file, with columns `image`, `label` and perhaps `split`.
+        table: the file, with columns `image` (or `path`), `label` and perhaps `split`.
         multi_label: whether an image may have any number of labels, separated by semicolons.
     """
 

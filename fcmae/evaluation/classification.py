@@ -68,9 +68,10 @@ class ClassificationMetrics(nn.Module):
 
         Returns:
             `loss`: mean cross entropy; with several classes per image, that of all yes-or-no decisions. With one class
-            per image `acc1`, `acc5` (not with five classes or fewer, where it is 1) and `ece` (expected calibration
-            error, Guo et al. 2017: 15 bins of equal width). With several `map` (mean average precision), `f1_micro`
-            and `f1_macro` (for probabilities above 0.5). Means of classes leave out those where it is undefined.
+            per image `acc1`, `balanced_accuracy` (mean of the classes' recalls), `acc5` (not with five classes or
+            fewer, where it is 1) and `ece` (expected calibration error, Guo et al. 2017: 15 bins of equal width). With
+            several `map` (mean average precision), `f1_micro` and `f1_macro` (for probabilities above 0.5). Means of
+            classes leave out those where it is undefined.
         """
         return self._compute().metrics
 
@@ -159,11 +160,16 @@ class _OnePerImage(nn.Module):
     def compute(self) -> _Numbers:
         right, predicted, support = self.counts.compute().cpu()  # (C,) each
         images = int(support.sum())
-        metrics = {"loss": float(self.loss.compute()), "acc1": int(right.sum()) / images if images else math.nan}
+        scores = _scores(right, predicted, support)
+        metrics = {
+            "loss": float(self.loss.compute()),
+            "acc1": int(right.sum()) / images if images else math.nan,
+            "balanced_accuracy": float(torch.tensor(scores["recall"], dtype=torch.float64).nanmean()),
+        }
         if len(support) > TOP:
             metrics["acc5"] = float(self.hits.compute())
         metrics["ece"] = float(self.calibration.compute())
-        per_class = {"images": support.tolist(), **_scores(right, predicted, support)}
+        per_class = {"images": support.tolist(), **scores}
         confusion = None if self.confusion is None else self.confusion.compute().cpu()
         return _Numbers(images, metrics, per_class, confusion)
 

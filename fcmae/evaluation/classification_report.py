@@ -20,6 +20,7 @@ from fcmae.files import atomic_writer, write_text
 WORDING = {
     "loss": "loss",
     "acc1": "top-1 accuracy",
+    "balanced_accuracy": "balanced accuracy",
     "acc5": "top-5 accuracy",
     "ece": "calibration error",
     "map": "mean average precision",

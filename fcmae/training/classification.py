@@ -28,6 +28,7 @@ class ClassificationModule(TrainingModule):
         loss: of logits and labels.
         batch_augment: what becomes of a training batch.
         ema: the moving average of the weights, validated and saved beside them; None for none.
+        balanced: every class counts the same for the best checkpoint, whatever its size; with one class per image.
         linear: train the last layer alone, on the features of the unchanged network.
         seed: of batch augmentation and drop path.
         description: how the model and its input are made, as plain data; goes into every checkpoint.
@@ -43,6 +44,7 @@ class ClassificationModule(TrainingModule):
         loss: ClassificationLoss,
         batch_augment: BatchAugment,
         ema: ModelEmaV3 | None,
+        balanced: bool,
         linear: bool,
         seed: int,
         description: dict[str, Any],
@@ -52,6 +54,7 @@ class ClassificationModule(TrainingModule):
         self.criterion = loss
         self.batch_augment = batch_augment
         self.ema = ema
+        self.balanced = balanced
         self.linear = linear
         if linear:
             net.requires_grad_(False)
@@ -74,7 +77,7 @@ class ClassificationModule(TrainingModule):
     @property
     def best_by(self) -> list[str]:
         """The metrics by which a checkpoint is the best."""
-        kind = "map" if self.criterion.multi_label else "acc1"
+        kind = "map" if self.criterion.multi_label else "balanced_accuracy" if self.balanced else "acc1"
         return [f"{name}_{kind}" for name in self.metrics]
 
     def compile_network(self) -> None:
@@ -83,7 +86,10 @@ class ClassificationModule(TrainingModule):
 
     def report(self) -> list[str]:
         counts = [sum(p.numel() for p in self.net.parameters() if p.requires_grad or not only) for only in (0, 1)]
-        return [f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.3g} M of them trained"]
+        lines = [f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.3g} M of them trained"]
+        if self.balanced and not self.criterion.multi_label:
+            lines.append("best.ckpt: the one with the highest balanced accuracy, not top-1")
+        return lines
 
     def train(self, mode: bool = True) -> "ClassificationModule":
         """A network that is not trained has no drop path either."""
@@ -144,7 +150,8 @@ class ClassificationModule(TrainingModule):
             if self.criterion.multi_label:
                 quality = f"mean average precision {float(metrics[f'{name}_map']):.4f}"
             else:
-                quality = f"top-1 {float(metrics[f'{name}_acc1']):.2%}"
+                top1, balanced = (float(metrics[f"{name}_{key}"]) for key in ("acc1", "balanced_accuracy"))
+                quality = f"top-1 {top1:.2%}, balanced accuracy {balanced:.2%}"
             parts.append(f"{quality}, loss {float(metrics[f'{name}_loss']):.4f}")
         return "validation " + "; moving average of the weights: ".join(parts)
 

@@ -63,7 +63,7 @@ class Setting:
     Attributes:
         config: the whole of it, resolved, as plain data.
         overrides: what was typed.
-        next_command: what one would type after the run.
+        next_command: what one would type after the run, told whether its images had 8 bits per channel.
         auto_batch: find out how many images a device takes at once.
         trainer: makes Lightning's trainer from what is added here.
         loggers: makes the loggers, given the folder's Weights & Biases id.
@@ -71,7 +71,7 @@ class Setting:
 
     config: dict[str, Any]
     overrides: list[str]
-    next_command: str
+    next_command: Callable[[bool], str]
     auto_batch: bool
     trainer: Callable[..., L.Trainer]
     loggers: Callable[[str | None], list[Logger]]
@@ -101,7 +101,7 @@ def _train(setting: Setting, make_parts: Callable[[RunFolder], Parts], agreement
         folder.check_same(config)
         if folder.is_finished():
             with messages(console, log_file=None):
-                report.already_finished(folder, setting.next_command)
+                report.already_finished(folder, setting.next_command(True))
             return
     checkpoint = None if start_over else folder.newest_checkpoint()
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -225,4 +225,4 @@ def _fit(
         then = "with a greater trainer.max_time the same command goes on from there"
         report.stopped(folder, trainer, "an option of the trainer", then=then)
         return
-    report.end(folder, trainer, setting.next_command)
+    report.end(folder, trainer, setting.next_command(parts.data.normalize.eight_bits))
