@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -17,8 +17,10 @@ _SILENT = 3.0  # seconds without one that mean silence
 _ANSWER = 10.0  # seconds in which a store that works has answered
 _GRACE = 5.0  # seconds for the main thread to end by itself when the run ends
 _WORD = "fault"  # the store's key for what ends the run
+_POLL = 0.1
 LOST = "no longer answers"
 HUNG = "does not go on"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class Heartbeats:
         self._faults: list[Fault] = []
         self._number = 0
         self._paused = 0.0
+        self._made = 0
+        self._awaited = ""  # the store's key for what this rank waits for
+        self._came: bytes | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeats")
 
@@ -90,6 +95,29 @@ class Heartbeats:
         """Beats no more."""
         self._stop.set()
         self._thread.join(_ANSWER)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, however long that takes: the others wait as long as it lives. All ranks call it.
+
+        Args:
+            make: a value that JSON can hold.
+
+        Raises:
+            RuntimeError: rank 0 is gone, or the run ends.
+        """
+        self._made += 1
+        name = f"made {self._made}"
+        if self._rank == 0:
+            value = make()
+            self._store.set(name, json.dumps(value))
+            return value
+        self._came, self._awaited = None, name
+        while self._came is None:
+            if self._faults or not self._thread.is_alive():
+                raise RuntimeError("rank 0 is lost, or failed, while the others waited for what it makes")
+            time.sleep(_POLL)
+        result: T = json.loads(self._came)
+        return result
 
     def judge(self, own: Fault, *, sure: bool, timed_out: bool, ended: Sequence[int]) -> tuple[list[Fault], bool]:
         """Why the run ends: all ranks are told the same, what the first of them has found.
@@ -170,11 +198,17 @@ class Heartbeats:
                 self._faults = self._told()
                 if self._rank:
                     self._known[0] = _parsed(self._store.get("0"))
+                    self._look()
             except Exception:  # whatever a store that is gone raises; the main thread will notice, and ask
                 return
             before, self._paused = time.monotonic(), 0.0  # the others still want this rank
         if not self._stop.wait(_GRACE):
             self._leave(self._faults)
+
+    def _look(self) -> None:
+        """Whether what is waited for has come."""
+        if self._awaited and self._store.check([self._awaited]):
+            self._came, self._awaited = self._store.get(self._awaited), ""
 
     def _next(self) -> str:
         self._number += 1

@@ -142,8 +142,7 @@ class TrainingModule(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         peak = self.optim.peak_lr(self.effective_batch)
-        # Lightning clips no gradients for a fused optimiser, and leaves it to undo the scale of the loss: what is logged
-        # before its step would be the norm with that.
+        # Before a fused optimiser's step Lightning clips no gradients, and leaves them scaled, as 16-mixed has them.
         fused = not self.trainer.gradient_clip_val and self.trainer.precision != "16-mixed"
         optimizer = self.optim.optimizer(self.trained, lr=peak, fused=fused)
         factors = self.optim.factors(optimizer.param_groups, peak=peak, steps=steps, steps_per_epoch=steps_per_epoch)

@@ -15,6 +15,7 @@ from fcmae.evaluation.knn import KNN, accuracy
 from fcmae.evaluation.linear_probe import linear_probe
 from fcmae.inference.batches import Compute
 from fcmae.inference.features import Features, check_stages, feature_function, labelled_features
+from fcmae.training.callbacks.ranks import Ranks
 from fcmae.training.pretraining import PretrainModule
 from fcmae.training.sharding import gathered
 
@@ -23,7 +24,7 @@ class OnlineProbe(L.Callback):
     """Logs `val_knn_acc1` or `val_linear_acc1`: top-1 of a probe on a small labelled set of its own.
 
     It has no part in the loss, the gradients or the random numbers of training. The first rank does the work while the
-    others wait; where the network is sharded, all do the same.
+    others wait, as long as that takes; where the network is sharded, all do the same.
 
     Args:
         kind: `knn` (k = 20, or all images if they are fewer) or `linear`, see `fcmae.evaluation`.
@@ -60,8 +61,12 @@ class OnlineProbe(L.Callback):
         if trainer.sanity_checking or (not last and (trainer.current_epoch + 1) % self.every_n_epochs):
             return
         assert isinstance(pl_module, PretrainModule)
+        (ranks,) = (callback for callback in trainer.callbacks if isinstance(callback, Ranks))  # type: ignore[attr-defined]
         with gathered(pl_module.model) as by_all:
-            score = trainer.strategy.broadcast(self.score(pl_module) if by_all or trainer.is_global_zero else 0.0)
+            if by_all:
+                score = trainer.strategy.broadcast(self.score(pl_module))
+            else:
+                score = ranks.from_first(lambda: self.score(pl_module))
         pl_module.log(self.metric, score, rank_zero_only=False)
 
     def score(self, module: PretrainModule) -> float:

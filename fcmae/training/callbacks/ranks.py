@@ -9,7 +9,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from fcmae.training.agreement import Agreement, RunInterrupted
 from fcmae.training.heartbeats import HUNG, LOST, Fault, Heartbeats, hostname
 from fcmae.training.journal import Journal
 from fcmae.training.launching import MICRO_BATCH, adopt_children
+
+T = TypeVar("T")
 
 
 class Ranks(L.Callback):
@@ -98,6 +100,10 @@ class Ranks(L.Callback):
             if self.fault is None:
                 traceback.print_exception(exception)
             self._leave(self.fault or RanksLostError(in_a_line(exception)))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """See `Heartbeats.from_first`; of a single rank what it makes."""
+        return make() if self._heartbeats is None else self._heartbeats.from_first(make)
 
     def close(self) -> None:
         """Ends what runs in the background."""
