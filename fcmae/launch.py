@@ -21,11 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from fcmae.config_check import check_config, mandatory
 from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.files import write_text
-from fcmae.option_hints import groups_of, keys_of, unknown_choice, unknown_key
+from fcmae.option_help import option_help
+from fcmae.option_hints import choosable, groups_of, keys_of, of_another, other_group, unknown_choice, unknown_key
 from fcmae.original_options import translate
 
-_NOT_OF = {"pretrain": "finetune_.*", "finetune": "fcmae|smoke"}
-"""Recipes that are another verb's."""
+_WITH_HELP = ("hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null")
+"""So that help is told once and leaves no files behind."""
+_FOLDERS_OF_THEIR_OWN = ("--config-", "-cd", "-cp", "-cn", "hydra.searchpath=", "+hydra.searchpath=")
 _OF_HYDRA = tuple(
     f"--{name}"
     for name in (
@@ -48,6 +50,14 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
     except UserError as error:
         _fail(in_a_line(error))
 
+    helps = "-h" in sys.argv[1:] or "--help" in sys.argv[1:]
+    if helps:
+        left_out = ("-h", "--help", "-m", "--multirun", "--resolve")
+        sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in left_out), *_WITH_HELP]
+
+    def explain(config: DictConfig) -> None:
+        print(option_help(config, verb))  # noqa: T201
+
     def guarded(config: DictConfig) -> None:
         try:
             mandatory(config, folder)
@@ -58,16 +68,19 @@ def run(verb: str, task: Callable[[DictConfig], None]) -> None:
         except UserError as error:
             _fail(in_a_line(error))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-                raise
             # A write that fails, unlike an open, does not say which file it was for.
             file = error.filename or OmegaConf.select(config, "run_dir") or "a file"
-            _fail(f"cannot write {file}: {error.strerror}; free space or mend permissions there")
+            if error.errno in (errno.EACCES, errno.EPERM):
+                _fail(f"may not use {file}: {error.strerror}; mend its permissions")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                _fail(f"cannot write {file}: {error.strerror}; free space or mend permissions there")
+            raise
 
     try:
         # A second Ctrl-C, or one before the training has begun, ends here.
         with _ending_on_sigterm(), _explained(verb, folder):
-            hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)(guarded)()
+            started = hydra.main(version_base="1.3", config_path=str(folder), config_name=verb)
+            started(explain if helps else guarded)()
     except KeyboardInterrupt:
         print("fcmae: interrupted", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
@@ -173,11 +186,14 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
     Groups that stand in the verb's defaults list are overridden (`data=folder`), the others added (`+model=tiny`).
 
     Raises:
-        UserError: an option that is not written `key=value`, or a choice that is made in another way.
+        UserError: an option that is not written `key=value`, or a choice that is made in another way, or not for
+            this verb; other choices than ours are let through where folders of the user's own are named.
     """
     _check_written(arguments, verb, folder)
     listed = groups_of(folder / f"{verb}.yaml")
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    others = groups - choosable(folder / f"{verb}.yaml")
+    own = any(argument.startswith(_FOLDERS_OF_THEIR_OWN) for argument in arguments)
 
     def form(argument: str) -> str:
         key, equals, value = argument.partition("=")
@@ -186,13 +202,15 @@ def normalize(arguments: list[str], verb: str, folder: Path) -> list[str]:
             argument, key, name = f"checkpoint={value}", "checkpoint", "checkpoint"
         if name == "model.size" and value != "custom" and (folder / "model" / f"{value}.yaml").is_file():
             raise UserError(f"{argument} names a size without its depths and dims: choose it with +model={value}")
-        if name == "experiment" and verb in _NOT_OF and re.fullmatch(_NOT_OF[verb], value):
+        if equals and name in others and not (own and not (folder / name / f"{value}.yaml").is_file()):
+            raise UserError(other_group(argument, verb, folder))
+        if of_another(verb, name, value):
             other = "finetune" if verb == "pretrain" else "pretrain"
             raise UserError(f"{argument} is a recipe of fcmae.{other}: choose one of fcmae.{verb}'s, or use that")
         if equals and name in groups:
             return f"{'' if name in listed else '+'}{name}={value}"
-        if equals and re.search(r"=|[^\x00-\x7f]", value) and not re.search(r"[][{}'\",$\\]", value):
-            return f'{key}="{value}"'  # Hydra takes such values, as in the names of checkpoints, in quotes alone
+        if equals and re.search(r"=|~|[^\x00-\x7f]", value) and not re.search(r"[][{}'\",$\\]", value):
+            return f'{key}="{value}"'  # Hydra takes such values, as in names of checkpoints and ~/x, in quotes alone
         return argument
 
     return [form(argument) for argument in arguments]

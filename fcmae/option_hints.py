@@ -16,6 +16,13 @@ from fcmae.errors import in_a_line
 
 _MEANT = {"lr": "base_lr", "batch": "batch_size", "workers": "num_workers", "size": "image_size"}
 """Usual words for what has another name here."""
+_NOT_OF = {"pretrain": "finetune_.*", "finetune": "fcmae|smoke"}
+"""Recipes that are another verb's."""
+
+
+def defaults_of(file: Path) -> list[Any]:
+    """A file's defaults list."""
+    return list((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", []))
 
 
 def closest(word: str, known: Collection[str], *, elsewhere: Collection[str] = ()) -> str:
@@ -42,16 +49,38 @@ def no_choice(group: str, folder: Path) -> str:
 
 def groups_of(file: Path) -> set[str]:
     """The config groups in a file's defaults list."""
-    names = (str(name) for entry in _defaults(file) if isinstance(entry, dict) for name in entry)
+    names = (str(name) for entry in defaults_of(file) if isinstance(entry, dict) for name in entry)
     return {name.removeprefix("optional ") for name in names if not name.startswith("override ")}
+
+
+def choosable(file: Path) -> set[str]:
+    """The config groups that one may choose from: those in the defaults list that do not follow, and the model."""
+    return _parts(file) | groups_of(file) - _following(file).keys()
 
 
 def keys_of(file: Path) -> set[str]:
     """The names that may stand in a composed configuration, outside of what the groups choose: `a`, `b.c`."""
     body = yaml.safe_load(file.read_text(encoding="utf-8"))
     below = {f"{key}.{name}" for key, value in body.items() if isinstance(value, dict) for name in value}
-    parts = {entry.partition("@")[2] for entry in _defaults(file) if isinstance(entry, str) and "@" in entry}
-    return {*body, *below, *parts, *groups_of(file)} - {"defaults", "hydra"}
+    return {*body, *below, *_parts(file), *groups_of(file)} - {"defaults", "hydra"}
+
+
+def of_another(verb: str, group: str, choice: str) -> bool:
+    """Whether this is a recipe of another verb."""
+    return group == "experiment" and verb in _NOT_OF and bool(re.fullmatch(_NOT_OF[verb], choice))
+
+
+def other_group(argument: str, verb: str, folder: Path) -> str:
+    """What to say to a choice, `group=choice`, in a group that is not for this verb."""
+    group, _, choice = argument.removeprefix("+").partition("=")
+    file = folder / f"{verb}.yaml"
+    if group in _following(file):
+        return f"{argument} cannot be chosen, it follows from {_following(file)[group]}: leave it out"
+    if group == "trainer" and "device" in keys_of(file):
+        instead = "device=cpu takes the CPU" if choice == "cpu" else "device=cuda takes a GPU"
+        return f"{argument} is not for fcmae.{verb}: {instead}"
+    takes = ", ".join(sorted(choosable(file)))
+    return f"{group} is not a group of fcmae.{verb}, which has {takes or 'none: --help lists its options'}"
 
 
 def unknown_choice(error: MissingConfigException) -> str:
@@ -95,8 +124,16 @@ def _or(choices: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
 
-def _defaults(file: Path) -> list[Any]:
-    return list(yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", []))
+def _parts(file: Path) -> set[str]:
+    """What a file's defaults list puts somewhere, as `model` of `_autoencoder@model`."""
+    return {entry.partition("@")[2] for entry in defaults_of(file) if isinstance(entry, str) and "@" in entry}
+
+
+def _following(file: Path) -> dict[str, str]:
+    """The groups whose choice follows from another's, and that group: `optional demonstration: finetune_${data}`."""
+    pairs = [pair for entry in defaults_of(file) if isinstance(entry, dict) for pair in entry.items()]
+    found = {str(name).removeprefix("optional "): re.search(r"\$\{(\w+)\}", str(choice)) for name, choice in pairs}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def _choices(group: str, folder: Path, *, with_key: str | None = None) -> list[str]:

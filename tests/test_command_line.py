@@ -4,20 +4,26 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from micro import MICRO, RUN, SMOKE, Result, content, pretrain, typed
+from micro import MICRO, RUN, SMOKE, Result, command, content, pretrain, typed
+from omegaconf import OmegaConf
 
 import fcmae
-from fcmae.__main__ import main
-from fcmae.launch import config_folder, normalize
+from fcmae.__main__ import VERBS, main
+from fcmae.errors import UserError
+from fcmae.launch import compose, config_folder, normalize
 from fcmae.models.convnext import SIZES
+from fcmae.option_hints import choosable, defaults_of
 
-GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+CONFIGS = config_folder()
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+TAKEN = {verb: choosable(CONFIGS / f"{verb}.yaml") for verb in VERBS}
 
 
 def config_of(folder: Path, *arguments: str) -> dict:
@@ -70,7 +76,12 @@ def test_several_models_at_once(tmp_path):
         st.one_of(
             st.text(max_size=12),
             st.sampled_from(["-m", "--help", "--cfg", "job", "data.path=x", "model.dims=[1,2]", "~model", "=", "+"]),
-            st.builds("{}{}={}".format, st.sampled_from(["", "+"]), st.sampled_from(GROUPS), st.text(max_size=6)),
+            st.builds(
+                "{}{}={}".format,
+                st.sampled_from(["", "+"]),
+                st.sampled_from(sorted(TAKEN["pretrain"])),
+                st.text(max_size=6),
+            ),
         )
     )
 )
@@ -88,6 +99,125 @@ def test_normalize_gives_each_group_hydras_form():
     assert normalize(typed_so, "pretrain", config_folder()) == wanted
     sweep = normalize(["-m", "model=atto,tiny", "model.decoder_dim=16,32"], "pretrain", config_folder())
     assert sweep[:2] == ["-m", "+model=atto,tiny"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "more"),
+    [
+        ("pretrain", "run_dir", ["+model=tiny"]),
+        ("pretrain", "init", ["+model=tiny"]),
+        ("pretrain", "probe.data", ["+model=tiny"]),
+        ("pretrain", "data.path", ["+model=tiny", "data=folder"]),
+        ("pretrain", "data.cache_dir", ["+model=tiny", "data=webdataset", "data.path=x"]),
+        ("finetune", "checkpoint", ["+model=tiny", "data.path=x"]),
+        ("evaluate", "out", ["checkpoint=x", "data.path=x"]),
+        ("predict", "images", ["checkpoint=x", "out=x"]),
+        ("embed", "out", ["checkpoint=x", "images=x"]),
+        ("shard", "out", ["data=folder", "data.path=x"]),
+        ("export", "out", ["checkpoint=x", "to=timm"]),
+        ("consolidate", "out", ["checkpoint=x"]),
+        ("bench", "json", ["+model=tiny"]),
+        ("bench", "plot", ["+model=tiny"]),
+    ],
+)
+def test_a_tilde_is_the_home_folder_wherever_a_place_is_named(verb, place, more, tmp_path, monkeypatch):
+    """Shells leave it as it is in `data.path=~/x`."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def composed(value: str) -> Any:
+        return OmegaConf.select(compose(verb, [*more, f"{place}={value}"]), place)
+
+    assert composed("~/x") == composed('"~/x"') == str(tmp_path / "x")
+    assert composed("a~/x") == "a~/x"
+    with pytest.raises(UserError, match="~nobody-is-called-so/x: nobody knows that home folder; write it out"):
+        composed("~nobody-is-called-so/x")
+    if place == "data.path":
+        assert composed('["~/x",y]') == [str(tmp_path / "x"), "y"]
+
+
+def test_the_groups_of_each_verb():
+    assert TAKEN["pretrain"] == {
+        *("augment", "data", "experiment", "logger", "masking", "model", "optim", "target", "trainer"),
+    }
+    assert TAKEN["finetune"] == TAKEN["pretrain"] - {"masking", "target"} | {"batch_augment"}
+    assert TAKEN["bench"] == {"augment", "data", "masking", "model", "target"}
+    assert TAKEN["evaluate"] == TAKEN["shard"] == {"data"}
+    assert not any(TAKEN[verb] for verb in ("predict", "embed", "export", "consolidate"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_a_group_that_is_not_the_verbs_is_refused(verb, group, plus):
+    choice = f"{plus}{group}=one,two"
+    if group in TAKEN[verb]:
+        assert len(normalize([choice], verb, CONFIGS)) == 1
+        return
+    with pytest.raises(UserError, match=rf"{group}(=one,two)? (is not|cannot be) .*"):
+        normalize([choice], verb, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("verb", "choice", "message"),
+    [
+        ("evaluate", "trainer=cpu", "trainer=cpu is not for fcmae.evaluate: device=cpu takes the CPU"),
+        ("bench", "trainer=gpu", "trainer=gpu is not for fcmae.bench: device=cuda takes a GPU"),
+        ("predict", "+trainer=cpu", "+trainer=cpu is not for fcmae.predict: device=cpu takes the CPU"),
+        ("shard", "trainer=cpu", "trainer is not a group of fcmae.shard, which has data"),
+        ("evaluate", "logger=csv", "logger is not a group of fcmae.evaluate, which has data"),
+        (
+            "bench",
+            "logger=csv",
+            "logger is not a group of fcmae.bench, which has augment, data, masking, model, target",
+        ),
+        ("predict", "data=folder", "data is not a group of fcmae.predict, which has none: --help lists its options"),
+        ("evaluate", "experiment=smoke", "experiment is not a group of fcmae.evaluate, which has data"),
+        (
+            "finetune",
+            "demonstration=pretrain_digits",
+            "demonstration=pretrain_digits cannot be chosen, it follows from data: leave it out",
+        ),
+    ],
+)
+def test_a_choice_for_another_verb_is_told_in_one_line(verb, choice, message, tmp_path):
+    assert command(verb, tmp_path, choice).only_error == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_hydras_own_is_left_as_it_is():
+    typed_so = ["-m", "hydra/launcher=basic", "trainer@data.x=cpu", "~trainer", "hydra.job.name=x", "+data=folder,hf"]
+    assert normalize(typed_so, "evaluate", CONFIGS) == [*typed_so[:-1], "data=folder,hf"]
+
+
+def test_groups_of_the_users_own_are_taken(tmp_path):
+    own, here = tmp_path / "own", tmp_path / "here"
+    for name, text in (
+        ("experiment/mine", "# @package _global_\nsplit: all\n"),
+        ("lab/large", "# @package data\nbatch_size: 3 # as the lab likes it\n"),
+        ("data/scans", "# Scans of the lab.\ndefaults: [imagefolder]\nin_chans: 1 # grey\npath: scans\n"),
+    ):
+        (own / name).parent.mkdir(parents=True)
+        (own / f"{name}.yaml").write_text(text)
+    here.mkdir()
+    choices = ["+experiment=mine", "+lab=large", "data=scans", "checkpoint=x"]
+    for place in (["--config-dir", str(own)], [f"hydra.searchpath=[{own}]"]):
+        result = command("evaluate", here, *place, *choices, "--cfg", "job")
+        assert (result.code, result.err) == (0, "")
+        config = yaml.safe_load(result.out)
+        assert (config["split"], config["data"]["batch_size"], config["data"]["in_chans"]) == ("all", 3, 1)
+
+        result = command("evaluate", here, *place, *choices, "--help")
+        assert (result.code, result.err) == (0, "")
+        lines = result.out.splitlines()
+        for line in ("experiment: mine", "lab: large", f"data: {SOURCES.replace('table', 'scans, table')}"):
+            assert line in lines
+        for line in ("split: all # default val: val, train or all", "data: # scans: Scans of the lab."):
+            assert line in lines
+        assert "  in_chans: 1 # grey" in lines
+        assert not list(here.iterdir())
+
+        assert command("evaluate", here, *place, "trainer=cpu").only_error.endswith("device=cpu takes the CPU")
 
 
 SOURCES = "digits, folder, fractal, hf, imagefolder, table, webdataset"
@@ -185,6 +315,63 @@ def test_help_lists_the_choices(tmp_path):
         assert line in result.out.splitlines()
     assert f"{NAMES}" in result.out
     assert "base_lr: 0.004" in result.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_the_comments_of_the_yaml_files(verb, tmp_path):
+    result = command(verb, tmp_path, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert not list(tmp_path.iterdir())
+    lines = result.out.splitlines()
+    assert max(map(len, lines)) <= 120
+    told = " ".join(line.strip("# ") for line in lines)
+    for comment in comments((CONFIGS / f"{verb}.yaml").read_text()):
+        assert comment in told
+    defaults = [
+        pair for entry in defaults_of(CONFIGS / f"{verb}.yaml") if isinstance(entry, dict) for pair in entry.items()
+    ]
+    for file in [CONFIGS / f"{group}/{choice}.yaml" for group, choice in defaults if group in TAKEN[verb] and choice]:
+        text = file.read_text()
+        for comment in [text.splitlines()[0], *comments(text)]:
+            assert comment.strip("# ") in told
+
+    before_options = lines[: lines.index("== Options (change them as key=value) ==")]
+    groups = {line.partition(":")[0] for line in before_options if re.match(r"\w+: ", line)}
+    assert groups == TAKEN[verb]
+    assert not [line for line in lines if "_digits" in line or line.startswith("demonstration")]
+    assert ("finetune_" in result.out) == (verb == "finetune")
+
+
+def comments(text: str) -> list[str]:
+    """Those behind the keys of a YAML file, without what is Hydra's or follows."""
+    lines = text.partition("\nhydra:")[0].splitlines()
+    return [
+        line.partition(" # ")[2] for line in lines if " # " in line and not re.match(" *- (override|optional)", line)
+    ]
+
+
+def test_help_has_the_values_in_force(tmp_path):
+    lines = pretrain(tmp_path, "+model=tiny", "data=folder", "epochs=5", "-m", "--help").out.splitlines()
+    assert "epochs: 5 # default 800: paper table 8; 1600 for its best results" in lines
+    assert (
+        "data: # folder: Images of your own: data=folder data.path=DIR. Every picture below DIR, no labels needed."
+        in lines
+    )
+    assert "  path: ??? # a folder, an image, a list of images (.txt, .csv, .parquet), or several: [A,B]" in lines
+    assert "  depths: [3, 3, 9, 3]" in lines
+
+    lines = command("finetune", tmp_path, "trainer=ddp", "data=digits", "--help").out.splitlines()
+    assert "trainer: # ddp: Data parallel over all GPUs of this machine, or so many: trainer.devices=4." in lines
+    assert "  precision: auto # bf16-mixed where the device computes it natively, else 32-true" in lines  # auto's
+    assert "  devices: -1" in lines
+    assert "  warmup_epochs: 1 # default 40" in lines
+
+    lines = command("bench", tmp_path, "--help").out.splitlines()
+    above = lines[lines.index("what: step") - 2 : lines.index("what: step")]
+    assert above[0].startswith("# step: the model alone; loader: the images alone;")
+    assert above[1] == "# JPEGs costs, compared with torchvision"
+    assert pretrain(tmp_path, "model=tinny", "--help").only_error.endswith("did you mean tiny?")
     assert not list(tmp_path.iterdir())
 
 
