@@ -10,15 +10,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from omegaconf import DictConfig, OmegaConf
 
 from fcmae.errors import UserError, in_a_line
+from fcmae.files import expanded
 from fcmae.option_hints import closest, no_choice
 
-# An empty path would be the folder that one is in.
-_PLACES = ("checkpoint", "init", "images", "out", "run_dir", "data.path", "data.val_path", "data.table", "probe.data")
+_PLACES = (
+    *("checkpoint", "init", "images", "out", "run_dir", "json", "plot"),
+    *("data.path", "data.val_path", "data.table", "data.cache_dir", "probe.data"),
+)
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def mandatory(config: DictConfig, folder: Path) -> None:
-    """Asks for what has no default.
+    """Asks for what has no default, and says in all places where `~` is.
 
     Raises:
         UserError: names the first missing option; for the model, its choices.
@@ -28,8 +31,12 @@ def mandatory(config: DictConfig, folder: Path) -> None:
     for key in sorted(map(str, OmegaConf.missing_keys(config))):
         raise UserError(f"{key} is not given: add {key}=VALUE")
     for key in _PLACES:
-        if OmegaConf.select(config, key) == "":
+        place = OmegaConf.select(config, key)
+        if place == "":  # it would be the folder that one is in
             raise UserError(f"{key}= is empty: give a value; is a variable of the shell not set?")
+        if "~" in str(place):
+            plain = OmegaConf.to_container(place) if OmegaConf.is_config(place) else place
+            OmegaConf.update(config, key, expanded(plain))
 
 
 def check_config(config: DictConfig, known: set[str]) -> None:

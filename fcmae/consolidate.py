@@ -21,7 +21,7 @@ def consolidate(config: DictConfig) -> None:
     for name in ("checkpoint", "out"):
         if not isinstance(config[name], str):
             raise UserError(f"{name}={config[name]} must be text")
-    folder, out = _sharded(Path(config.checkpoint).expanduser()), Path(config.out).expanduser()
+    folder, out = _sharded(Path(config.checkpoint)), Path(config.out)
     if out.exists():
         raise UserError(f"out={out} exists: name a new file")
     with Console(stderr=True).status("reading all ranks' files"):  # shown on terminals only

@@ -33,7 +33,7 @@ def export(config: DictConfig) -> None:
         raise UserError(f"license={config.license} is no name of a licence: write it as apache-2.0 or cc-by-4.0")
     if config.drop_license and config.license is None:
         raise UserError("drop_license=true says nothing without license=: name the licence that is to take its place")
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     out = out.resolve() if out.is_symlink() else out
     check_out(out)
     conversion = get_conversion(config.to)

@@ -1,13 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what keeps us from them."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fcmae.errors import TransientError, UserError
+
+_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a file system that does not answer
 
 
 @contextlib.contextmanager
@@ -24,12 +26,29 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own before the file's
         if not isinstance(cause, OSError):
             raise
-        if cause.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        if cause.errno in _MAY_PASS:
             raise TransientError(
                 f"cannot write {path}: {cause.strerror}; see whether its disk or server is well"
             ) from error
         told = f"cannot write {path}: {cause.strerror or cause}; free space or mend permissions there"
         raise UserError(told) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tells a file system that keeps a block from reading `path` from what is not there, or damaged.
+
+    Raises:
+        TransientError: it does not answer, or does not let us read, as some do for a while when a ticket has run out.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_MAY_PASS, errno.EACCES, errno.EPERM):
+            raise
+        raise TransientError(
+            f"cannot read {path}: {error.strerror}; see whether its disk or server is well, and whether you may read it"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -64,6 +83,33 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_writer(path) as file:
         file.write(text.encode())
+
+
+def expanded(place: Any) -> Any:
+    """A path, or several, with the home folder for a `~` at its beginning; anything else as it is.
+
+    Raises:
+        UserError: nobody knows where that is.
+    """
+    if isinstance(place, list):
+        return [expanded(one) for one in place]
+    try:
+        return str(Path(place).expanduser()) if isinstance(place, str) and place.startswith("~") else place
+    except RuntimeError as error:
+        raise UserError(f"{place}: nobody knows that home folder; write it out") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`. Python's own says no, since 3.14, when a file system does not answer.
+
+    Raises:
+        OSError: it does not, or does not let us look.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that nothing can have
+        return False
+    return True
 
 
 def user_cache() -> Path:

@@ -75,11 +75,11 @@ def open_work(config: Any) -> Work:
         UserError: something that the user can mend.
     """
     compute = compute_options(config)
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     if not out.parent.is_dir():
         raise UserError(f"out={config.out}: the folder {out.parent} does not exist; make it, or name another")
     trained = load_trained(config.checkpoint, ema=config.ema, image_size=image_sides(config.image_size))
-    root, names = find_images([Path(config.images).expanduser()])
+    root, names = find_images([Path(config.images)])
     images = Folder(path=root, in_chans=trained.preparation.in_chans, names=names)
     return Work(trained, images, compute, out)
 

@@ -30,7 +30,7 @@ def shard(config: DictConfig) -> None:
         UserError: something that the user can mend.
     """
     _check(config)
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     unused = [0.5] * config.data.in_chans  # pictures are packed as they are, not normalised
     data: ImageDataModule = build(config.data, mean=unused, std=unused)
     parts = dict(zip(("train", "val"), data.split(), strict=True))

@@ -327,6 +327,24 @@ def test_a_full_disk_met_by_a_log(tmp_path, monkeypatch):
     assert re.match(f"cannot write .*{RUN}.*: No space left on device; free space", message)
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.EROFS, "cannot write x.png: Read-only file system; free space or mend permissions there"),
+        (errno.EACCES, "may not use x.png: Permission denied; mend its permissions"),
+        (errno.EPERM, "may not use x.png: Operation not permitted; mend its permissions"),
+    ],
+)
+def test_what_the_operating_system_refuses(code, told, tmp_path, monkeypatch):
+    """Of a file that may be to be read, such as an image."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), "x.png")
+
+    monkeypatch.setattr(JsonLinesLogger, "log_metrics", refuse)
+    assert pretrain(tmp_path, *MICRO, "trainer.log_every_n_steps=1").error == told
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_the_log_prints_no_traceback(tmp_path):
     (tmp_path / RUN).mkdir(parents=True)

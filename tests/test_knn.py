@@ -75,11 +75,29 @@ def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", watched)
-    monkeypatch.setattr(knn, "_SIMILARITIES", 170)
+    monkeypatch.setattr(knn, "_HELD", 3 * (50 + 5 * 3))
     for number, scores in model.scores(queries).items():
         torch.testing.assert_close(scores, expected[number])
         assert model.predict(queries)[number].equal(scores.argmax(1))
     assert max(largest) == 150  # three images at a time
+
+
+def test_memory_stays_bounded_with_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, queries = torch.randn(50, 4), torch.randint(0, 1000, (50,)), torch.randn(23, 4)
+    model = KNN(x, labels, classes=1000, k=[5, 50])
+    expected, largest = model.predict(queries), []
+    stack = torch.stack
+
+    def watched(votes):
+        stacked = stack(votes)
+        largest.append(stacked.numel())
+        return stacked
+
+    monkeypatch.setattr(torch, "stack", watched)
+    monkeypatch.setattr(knn, "_HELD", 20_000)
+    for number, predicted in model.predict(queries).items():
+        assert predicted.equal(expected[number])
+    assert max(largest) == 3 * 2 * 1000  # of three images at a time, which hold twice that and more
 
 
 def test_k_above_the_training_images_is_dropped() -> None:

@@ -10,6 +10,9 @@ import torch
 from micro import MICRO, RUN, command, pretrain
 from PIL import Image
 
+from fcmae.checkpoints.weights import read_weights
+from fcmae.training.callbacks.online_probe import OnlineProbe
+
 SHORT = [*MICRO, "epochs=3", "save.every_n_steps=1", "save.keep=99", "trainer.limit_train_batches=2"]
 
 
@@ -30,7 +33,8 @@ def run(place: Path, *options: str) -> list[dict[str, Any]]:
     """The lines of the log with a score."""
     result = pretrain(place, *SHORT, *options)
     assert result.code == 0, result.err
-    lines = map(json.loads, (place / RUN / "metrics.jsonl").read_text().splitlines())
+    text = (place / RUN / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]  # no bare NaN
     return [line for line in lines if any(name.startswith("val_") and "acc1" in name for name in line)]
 
 
@@ -69,6 +73,23 @@ def test_the_best_checkpoint_has_the_best_score_and_evaluate_agrees(kind: str, l
     assert result.code == 0, result.err
     metrics = json.loads((tmp_path / "evaluated/metrics.json").read_text())
     assert metrics["acc1"] == pytest.approx(scores[step], abs=1e-6)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([float("nan"), 0.25, float("inf")])
+    monkeypatch.setattr(OnlineProbe, "score", lambda self, module: next(scores))
+    logged = run(tmp_path, "probe.data=digits", "probe.every_n_epochs=1")
+    assert [line["val_knn_acc1"] for line in logged] == [None, 0.25, None]
+    best = read_weights(tmp_path / RUN / "checkpoints/best.ckpt").description
+    assert best is not None
+    assert best["best"] == {"metric": "val_knn_acc1", "value": 0.25, "step": 4}
+    text = (tmp_path / RUN / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["val_knn_acc1"] is None
+    told = [line for line in (tmp_path / RUN / "train.log").read_text().splitlines() if "WARNING" in line]
+    assert [line.partition("val_knn_acc1 ")[2] for line in told] == [
+        "is nan after step 2: not taken for the best",
+        "is inf after step 6: not taken for the best",
+    ]
 
 
 @pytest.mark.parametrize(

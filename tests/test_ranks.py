@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from fcmae.errors import UserError, in_a_line
 from fcmae.stopping import STOPPED
 from fcmae.training.callbacks.ranks import check_same
 from fcmae.training.journal import Journal
-from fcmae.training.launching import check_launch
+from fcmae.training.launching import check_launch, leave_signals_to_us
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.num_workers=1", "epochs=100000"]
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NUM_NODES": "2"}
@@ -83,6 +85,8 @@ def test_what_fits_is_taken(
         (options(2, 4), {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"}, "put srun before it"),
         (options(1, 4), {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, "srun --ntasks-per-node=4 python -m"),
         (options(2, 4), {}, "start the run with torchrun, or with srun"),
+        (options(1, "all"), {}, "trainer.devices=all must be a number, a list such as [0,1], auto, or -1 for all"),
+        (options(1, None), {}, "trainer.devices=None must be a number"),
     ],
 )
 def test_what_would_wait_for_ever_is_refused_with_what_fits(
@@ -92,6 +96,19 @@ def test_what_would_wait_for_ever_is_refused_with_what_fits(
         check_launch(trainer, environ)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["register_signal_handlers", "_broadcast_sigterm_tensor"])
+def test_a_lightning_that_calls_its_handling_of_signals_otherwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    leave_signals_to_us(trainer)
+    assert connector.register_signal_handlers() is loop._broadcast_sigterm_tensor() is None
+    owner = connector if "handlers" in name else loop
+    delattr(owner, name)
+    monkeypatch.delattr(type(owner), name)
+    with pytest.raises(UserError, match=rf"Lightning {re.escape(L.__version__)} has no {name}, by which signals"):
+        leave_signals_to_us(trainer)
 
 
 def test_ranks_that_differ_are_refused() -> None:
@@ -248,6 +265,48 @@ launch.run("pretrain", pretrain)
     assert "does not go on: it lives, and waits for a disk" in last
     failed = [one for one in Journal(tmp_path / "run" / "journal.jsonl").read() if one["event"] == "failed"]
     assert [(one["rank"], one["step"], one["error"]) for one in failed] == [(1, 2, "does not go on")]
+
+
+PROBE = f"""{FAULTS}
+from fcmae.training.callbacks.online_probe import OnlineProbe
+def takes_long(self, module):
+    if "FCMAE_TEST_DIES" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(9)
+    return 0.5
+OnlineProbe.score = takes_long
+launch.run("pretrain", pretrain)
+"""
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_probe_may_take_longer_than_a_rank_may_be_silent(tmp_path: Path, images: Path) -> None:  # noqa: F811
+    script = tmp_path / "probe.py"
+    script.write_text(PROBE)
+    short = ["epochs=1", "optim.warmup_epochs=0", "probe.data=digits", "rank_timeout=3"]
+    done = run_script(script, tmp_path / "run", images, *short)
+    assert done.returncode == 0, done.stderr
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_knn_acc1"] for line in logged if "val_knn_acc1" in line] == [0.5]
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_rank_that_dies_in_its_probe_is_not_waited_for(
+    tmp_path: Path,
+    images: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FCMAE_TEST_DIES", "1")
+    script = tmp_path / "probe.py"
+    script.write_text(PROBE)
+    short = ["epochs=1", "optim.warmup_epochs=0", "probe.data=digits", "rank_timeout=60"]
+    start = time.monotonic()
+    done = run_script(script, tmp_path / "run", images, *short)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert re.search(r"fcmae: rank 0 on .* no longer answers", done.stderr), done.stderr
+    assert time.monotonic() - start < 60
 
 
 @LINUX

@@ -16,6 +16,7 @@ from PIL import Image
 
 import fcmae
 from fcmae import launch
+from fcmae.errors import UserError
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule
 from fcmae.training.run_folder import RunFolder
@@ -328,3 +329,121 @@ def test_a_truncated_checkpoint_is_passed_over(
     warned = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARNING" in line]
     assert len(warned) == 1
     assert f"{newest} cannot be read" in warned[0]
+
+
+@pytest.fixture(scope="module")
+def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of twelve steps."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        train(run, images, "data.num_workers=0")
+    return run
+
+
+def truncated(file: Path) -> Path:
+    os.truncate(file, file.stat().st_size // 2)
+    return file
+
+
+def test_a_run_does_not_begin_again_where_no_checkpoint_can_be_read(
+    tmp_path: Path, images: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run = tmp_path / "run"
+    stopped_after(reference, run, step=6)
+    for file in checkpoints(run)[:4]:
+        file.unlink()
+    older, newest = map(truncated, checkpoints(run))
+    (run / "checkpoints" / "last.ckpt").hardlink_to(newest)
+    log = (run / "train.log").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train(run, images, "data.num_workers=0")
+    assert stop.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        f"fcmae: {run} holds no checkpoint that can be read: {newest} cannot be read, it is truncated"
+    )
+    assert told.endswith(
+        f"nor can {older.name} and last.ckpt; copy one back, or start over with resume=never, which sets the run aside"
+    )
+    assert checkpoints(run) == [older, newest]
+    assert (run / "train.log").read_bytes() == log
+    train(run, images, "data.num_workers=0", "resume=never")
+    assert (tmp_path / "run.old1" / "checkpoints" / newest.name).is_file()
+    assert summary(run) == summary(reference)
+
+
+@pytest.mark.parametrize("older", ["an older one", "none"])
+def test_a_run_does_not_begin_again_where_the_disk_does_not_answer(
+    tmp_path: Path, images: Path, reference: Path, older: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nor from an older checkpoint; reading this file gives EIO."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run = tmp_path / "run"
+    stopped_after(reference, run, step=2 if older != "none" else 1)
+    newest = checkpoints(run)[-1]
+    newest.unlink()
+    newest.symlink_to("/proc/self/mem")
+    log = (run / "train.log").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train(run, images, "data.num_workers=0")
+    assert stop.value.code == 1  # a job tries it again
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"fcmae: cannot read {newest}: Input/output error; see whether its disk or server is well")
+    assert (run / "train.log").read_bytes() == log
+
+
+def test_last_is_gone_on_from_where_no_other_can_be_read(
+    tmp_path: Path, images: Path, reference: Path, steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run = tmp_path / "run"
+    stopped_after(reference, run, step=11)
+    for file in checkpoints(run)[:-1]:
+        file.unlink()
+    (newest,) = checkpoints(run)
+    shutil.copy(newest, run / "checkpoints" / "last.ckpt")
+    truncated(newest)
+    train(run, images, "data.num_workers=0")
+    assert len(steps) == 1
+    assert f"{newest} cannot be read" in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize("links", ["hard", "symbolic"])
+def test_a_damaged_checkpoint_of_a_later_step_does_not_take_the_place_of_a_new_one(
+    tmp_path: Path, images: Path, reference: Path, steps: list[Any], links: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    if links == "symbolic":
+
+        def no_links(*_: Any) -> None:
+            raise OSError("not supported")
+
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    run = tmp_path / "run"
+    stopped_after(reference, run, step=8)
+    for number, file in enumerate(checkpoints(run), start=1):
+        if number not in (3, 8):
+            file.unlink()
+    truncated(checkpoints(run)[-1])
+    options, recording = ["data.num_workers=0", "save.keep=1"], PretrainModule.training_step
+
+    def stopping(self: PretrainModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 5:
+            raise RuntimeError("the machine fails")
+        return recording(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", stopping)
+        with pytest.raises(RuntimeError, match="the machine fails"):
+            train(run, images, *options)
+    assert [int(file.stem[-8:]) for file in checkpoints(run)] == [5, 8]
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.is_symlink() == (links == "symbolic")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    train(run, images, *options)
+    assert len(steps) == 9, "from the third step to the twelfth"
+    assert [int(file.stem[-8:]) for file in checkpoints(run)] == [12]
+    wanted = weights(reference)
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(run).items())

@@ -10,6 +10,8 @@ import pytest
 import torch
 from micro import pretrain
 
+from fcmae.checkpoints.format import newest_checkpoint
+from fcmae.checkpoints.sharded import REST
 from fcmae.data.dataset import ImageDataset
 from fcmae.data.patience import insist
 from fcmae.data.remote import RemoteCache
@@ -109,6 +111,48 @@ def test_the_first_refusal_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for option in ("epochz=3", "sead=3"):
         assert pretrain(tmp_path, option).code == 2
     assert (tmp_path / "refused").read_text().startswith("epochz is not an option")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("asked", ["iterdir", "stat", "torch.load"])
+def test_a_checkpoint_that_its_file_system_keeps_to_itself(
+    code: int, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither damaged nor gone: nobody begins again, or goes on from an older one, because of it."""
+    file = tmp_path / "checkpoints" / "epoch=0001-step=00000001.ckpt"
+    file.parent.mkdir()
+    torch.save({"state_dict": {}, "fcmae": {"format": 1, "model": {}}}, file)
+    assert newest_checkpoint(tmp_path) == file
+    error = OSError(code, os.strerror(code))
+    with monkeypatch.context() as patch:
+        if asked == "torch.load":
+            patch.setattr("fcmae.checkpoints.format.torch.load", failing(error))
+        else:
+            patch.setattr(Path, asked, failing(error))
+        with pytest.raises(TransientError, match=rf"cannot read {file.parent}.*: {os.strerror(code)}; see whether"):
+            newest_checkpoint(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="holds no checkpoint that can be read") as told:
+        newest_checkpoint(tmp_path)
+    assert not isinstance(told.value, TransientError)
+    file.unlink()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_sharded_checkpoint_whose_files_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints" / "epoch=0001-step=00000001.ckpt"
+    folder.mkdir(parents=True)
+    torch.save({"state_dict": {}, "fcmae": {"format": 1, "model": {}}, "sharded_files": {"rank-0": 9}}, folder / REST)
+    stat = Path.stat
+
+    def stale(self: Path, **options: Any) -> os.stat_result:
+        if self.name == "rank-0":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(TransientError, match=f"cannot read {folder}: Stale file handle"):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_file_system_that_fails_at_clearing_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import fcmae
 from fcmae.checkpoints.lineage import Lineage
 from fcmae.checkpoints.recipe import recipe
 from fcmae.checkpoints.sharded import is_sharded, read_sharded
-from fcmae.errors import UserError, in_a_line
+from fcmae.errors import TransientError, UserError, in_a_line
+from fcmae.files import exists, reading
 
 FORMAT = 1
+_NAME = "epoch=*-step=*.ckpt"
 DESCRIPTION = "fcmae.json"
 """Beside exported weights: what our checkpoints say of themselves."""
 
@@ -67,13 +70,17 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
     Raises:
         UserError: no such file, truncated, or not one of ours.
+        TransientError: its file system does not answer, or does not let us read.
     """
-    if not (file.is_file() or is_sharded(file)):
-        raise UserError(f"{file} does not exist: give a run's folder or a .ckpt file")
     try:
-        checkpoint: Any = (
-            read_sharded(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        )
+        with reading(file):
+            if not (exists(file) and (file.is_file() or is_sharded(file))):
+                raise UserError(f"{file} does not exist: give a run's folder or a .ckpt file")
+            checkpoint: Any = (
+                read_sharded(file)
+                if file.is_dir()
+                else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            )
     except UserError:
         raise
     except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
@@ -90,21 +97,39 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the most steps that can be read, of a run's folder; None if there is none."""
-    files = sorted(run.glob("checkpoints/epoch=*-step=*.ckpt"), key=_step, reverse=True)
-    for file in [*files, run / "checkpoints" / "last.ckpt"]:
+    """The checkpoint with the most steps that can be read, of a run's folder; None if there is none.
+
+    Raises:
+        UserError: there are some, and none of them can be read; or the run would begin again without a word.
+        TransientError: their file system does not answer.
+    """
+    folder, damaged = run / "checkpoints", dict[str, UserError]()
+    with reading(folder):
+        names = [file.name for file in folder.iterdir()] if exists(folder) else []
+    files = sorted((folder / name for name in names if fnmatch(name, _NAME)), key=_step, reverse=True)
+    for file in [*files, *([folder / "last.ckpt"] if "last.ckpt" in names else [])]:
         try:
             read_checkpoint(file)
-        except UserError:
+        except TransientError:
+            raise
+        except UserError as error:
+            damaged[file.name] = error
             continue
         return file
+    if damaged:
+        first, *others = damaged
+        more = f", nor can {' and '.join(others)}" if others else ""
+        raise UserError(
+            f"{run} holds no checkpoint that can be read: {damaged[first]}{more}; copy one back, or start over with "
+            "resume=never, which sets the run aside"
+        )
     return None
 
 
 def passed_over(checkpoint: Path) -> list[Path]:
     """Checkpoints beside the newest that can be read which have more steps, and cannot be read."""
-    files = checkpoint.parent.glob("epoch=*-step=*.ckpt")
-    return sorted((file for file in files if _step(file) > _step(checkpoint) >= 0), key=_step)
+    files = checkpoint.parent.glob(_NAME)  # all of them, if it is last.ckpt, which is tried last
+    return sorted((file for file in files if _step(file) > _step(checkpoint)), key=_step)
 
 
 def _step(file: Path) -> int:

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import UserError
-from fcmae.files import atomic_writer, sync_folder
+from fcmae.files import atomic_writer, exists, sync_folder
 
 REST = "rest.ckpt"
 _SIZES = "sharded_files"
@@ -52,7 +52,7 @@ class Rows:
 
 def is_sharded(path: Path) -> bool:
     """Whether a checkpoint is such a folder."""
-    return (path / REST).is_file()
+    return exists(path / REST)
 
 
 def replaced(tree: Any, replace: Callable[[str, Any], Any], name: str = "") -> Any:
@@ -123,7 +123,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     files = []
     for name, size in rest.pop(_SIZES).items():
         file = folder / Path(name).name
-        found = file.stat().st_size if file.is_file() else None
+        found = file.stat().st_size if exists(file) else None
         if found != size:
             what = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
             raise UserError(f"{file} {what}: copy it back, or take the checkpoint before")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fcmae.errors import UserError
 
 K = (10, 20, 100, 200)  # the choices of Caron et al. 2021, who mostly report 20
-_SIMILARITIES = 2**25  # held at once: 128 MiB in float32
+_HELD = 2**25  # numbers at once: 128 MiB in float32
 
 
 class KNN:
@@ -74,7 +74,9 @@ class KNN:
     def _vote(self, features: Tensor) -> Iterator[Tensor]:
         """(k, rows, C) of a few images at a time."""
         check_features(features, width=self._features.shape[1])
-        for part in features.split(max(1, _SIMILARITIES // len(self._features))):
+        # Of an image: its similarities; the running vote, the one of each k, and all of these stacked.
+        held = len(self._features) + (1 + 2 * len(self.k)) * self._classes
+        for part in features.split(max(1, _HELD // held)):
             with torch.autocast(self._features.device.type, enabled=False):
                 similarity = F.normalize(part.to(self._features)) @ self._features.T  # (rows, N)
                 nearest, neighbours = similarity.topk(self.k[-1])  # (rows, largest k), the nearest first

@@ -1,6 +1,7 @@
 """The log that is always on: one JSON object per line."""
 
 import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class JsonLinesLogger(Logger):
         steps_done = (step or 0) + 1  # Lightning counts the step that has just been made from 0
         if not self._begun:
             self._begin(steps_done)
-        line = {"step": steps_done, **metrics, "time": round(time.time(), 3)}
+        line = {"step": steps_done, **finite(metrics), "time": round(time.time(), 3)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -55,6 +56,11 @@ class JsonLinesLogger(Logger):
             lines = self.file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_before(line, steps_done)]
             write_text(self.file, "".join(f"{line}\n" for line in kept))
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """With None, `null` in JSON, for what is not finite: JSON has no number for it, and readers fail at bare `NaN`."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _is_before(line: str, steps_done: int) -> bool:

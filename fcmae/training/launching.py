@@ -84,9 +84,19 @@ def leave_signals_to_us(trainer: L.Trainer) -> None:
 
     Its handler of SIGTERM waits for the other ranks inside of the handler, and its loop asks rank 0 before each batch
     by a broadcast on the device, which makes the device wait. `Agreement` does that on the host.
+
+    Raises:
+        UserError: this Lightning calls that otherwise; a signal would be handled twice, or hang the run.
     """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    handlers = {"register_signal_handlers": getattr(trainer, "_signal_connector", None)}
+    handlers["_broadcast_sigterm_tensor"] = trainer.fit_loop.epoch_loop
+    for name, owner in handlers.items():
+        if not callable(getattr(owner, name, None)):
+            raise UserError(
+                f"Lightning {L.__version__} has no {name}, by which signals are kept from it: install one that has, "
+                "such as lightning==2.6.*"
+            )
+        setattr(owner, name, lambda: None)
 
 
 def adopt_children(trainer: L.Trainer) -> list[subprocess.Popen[bytes]]:
@@ -130,7 +140,12 @@ def _devices(options: Mapping[str, Any]) -> int:
     if isinstance(devices, list):
         return len(devices)
     if str(devices) not in ("auto", "-1"):
-        return int(devices)
+        try:
+            return int(devices)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"trainer.devices={devices} must be a number, a list such as [0,1], auto, or -1 for all"
+            ) from error
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu else 1
 

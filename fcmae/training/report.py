@@ -10,6 +10,7 @@ from fcmae.checkpoints.format import passed_over
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.digits import DigitsDataModule
 from fcmae.files import write_text
+from fcmae.training.json_lines import finite
 from fcmae.training.module import TrainingModule
 from fcmae.training.run_folder import RunFolder
 
@@ -62,7 +63,7 @@ def end(folder: RunFolder, trainer: L.Trainer, next_command: str) -> None:
     metrics = {
         name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if name.startswith("val_")
     }
-    write_text(folder.summary, json.dumps({"steps": trainer.global_step, **metrics}, indent=2) + "\n")
+    write_text(folder.summary, json.dumps({"steps": trainer.global_step, **finite(metrics)}, indent=2) + "\n")
     folder.journal.finished(step=trainer.global_step)
     log.info("finished after %d steps", trainer.global_step)
     _say_where(folder, next_command)

@@ -1,5 +1,6 @@
 """Writes checkpoints: every so many steps, at the end, and when a signal stops the run."""
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fcmae.checkpoints.format import read_checkpoint
 from fcmae.checkpoints.sharded import is_sharded, remove
-from fcmae.errors import UserError
+from fcmae.errors import TransientError, UserError
 from fcmae.training.agreement import RunInterrupted
 from fcmae.training.callbacks.finite_loss import FiniteLoss
 from fcmae.training.callbacks.throughput import Throughput
 from fcmae.training.journal import Journal
 from fcmae.training.module import TrainingModule
 from fcmae.training.sharding import own_rows
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
@@ -27,7 +30,7 @@ class Checkpoints(Checkpoint):
     A checkpoint means one thing: so many optimiser steps are done. Where a signal stops the run among the batches of a
     step, or in a validation, the weights are still those after the last whole step, and the loops' progress is saved as
     it was then. After a validation that is better than all before, `best.ckpt` is saved too, which holds the weights
-    alone: to be used, not to go on from.
+    alone: to be used, not to go on from. A score that is not finite is never the best.
 
     Args:
         folder: of the checkpoints.
@@ -75,7 +78,11 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
         scores = {name: float(metrics[name]) for name in self.best_by if name in metrics}
-        if trainer.sanity_checking or not scores:
+        if trainer.sanity_checking:
+            return
+        for name in [name for name, score in scores.items() if not math.isfinite(score)]:
+            log.warning("%s is %s after step %d: not taken for the best", name, scores.pop(name), trainer.global_step)
+        if not scores:
             return
         name = max(scores, key=scores.__getitem__)
         if self._best and scores[name] <= self._best["value"]:
@@ -122,18 +129,29 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             _link(file, self.folder / "last.ckpt")
             self.journal.saved(step=trainer.global_step)
-            for old in sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=_step)[: -self.keep]:
+            for old in self._before(file)[self.keep - 1 :]:
                 remove(old)
         assert isinstance(pl_module, TrainingModule)
         pl_module.export(self.exported)
         self._saved = trainer.global_step
         self.throughput.resume_clock()
 
+    def _before(self, saved: Path) -> list[Path]:
+        """The checkpoints before one that was saved now, the newest first.
+
+        One of a later step is damaged, or the run would have gone on from it: the run comes to it again, and it must
+        not be kept in place of one that can be read.
+        """
+        files = [file for file in self.folder.glob("epoch=*-step=*.ckpt") if file != saved]
+        return sorted((file for file in files if _step(file) <= _step(saved)), key=_step, reverse=True)
+
 
 def _standing(file: Path) -> dict[str, Any]:
     """What the best checkpoint of an interrupted run says of itself."""
     try:
         best: dict[str, Any] = read_checkpoint(file)["fcmae"].get("best", {})
+    except TransientError:
+        raise
     except UserError:
         return {}
     return best
