@@ -16,7 +16,6 @@ from PIL import Image
 
 import fcmae
 from fcmae import launch
-from fcmae.errors import UserError
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule
 from fcmae.training.run_folder import RunFolder
