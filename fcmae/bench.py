@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from fcmae import launch
 from fcmae.benchmark.conditions import Conditions
 from fcmae.benchmark.doctor import Finding, choose_engines
 from fcmae.benchmark.outputs import check_outputs, write_outputs
@@ -21,7 +20,8 @@ from fcmae.benchmark.report import Report, describe
 from fcmae.benchmark.run import describe_patches, run_loader, run_steps, run_training
 from fcmae.benchmark.tables import headline, tables
 from fcmae.benchmark.variants import check_baselines
-from fcmae.config_check import check_choice, check_same_input
+from fcmae.command_line import launch
+from fcmae.command_line.config_check import check_choice, check_same_input
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.engines.auto import choose
 from fcmae.errors import UserError

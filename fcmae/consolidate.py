@@ -7,8 +7,8 @@ from rich.console import Console
 
 from fcmae.checkpoints.format import newest_checkpoint, read_checkpoint
 from fcmae.checkpoints.sharded import assemble, is_sharded
+from fcmae.command_line.launch import run
 from fcmae.errors import UserError
-from fcmae.launch import run
 from fcmae.training.checkpoint_io import AtomicCheckpointIO
 
 

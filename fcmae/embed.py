@@ -2,10 +2,10 @@
 
 from omegaconf import DictConfig
 
+from fcmae.command_line.launch import run
+from fcmae.command_line.run_inference import open_work, stage_numbers
 from fcmae.evaluation.tables import open_features
 from fcmae.inference.features import feature_function
-from fcmae.launch import run
-from fcmae.run_inference import open_work, stage_numbers
 
 
 def embed(config: DictConfig) -> None:

@@ -12,7 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fcmae.config_check import check_choice, check_kinds, check_whole
+from fcmae.command_line.config_check import check_choice, check_kinds, check_whole
+from fcmae.command_line.launch import build, run
+from fcmae.command_line.result_folder import check_same, data_options, result_folder, what_is_evaluated
+from fcmae.command_line.run_inference import compute_options, image_sides, progress_bar, stage_numbers
 from fcmae.data.folder import Folder
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.sharded import ShardedDataModule
@@ -27,9 +30,6 @@ from fcmae.inference.batches import Compute, outputs
 from fcmae.inference.features import FeatureCache, Features, feature_function, labelled_features, weights_digest
 from fcmae.inference.ground_truth import indices_of, labels_for
 from fcmae.inference.trained import Trained, load_trained
-from fcmae.launch import build, run
-from fcmae.result_folder import check_same, data_options, result_folder, what_is_evaluated
-from fcmae.run_inference import compute_options, image_sides, progress_bar, stage_numbers
 
 
 def evaluate(config: DictConfig) -> None:

@@ -6,14 +6,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fcmae.checkpoints.descriptions import is_license
-from fcmae.config_check import check_choice
+from fcmae.command_line.config_check import check_choice
+from fcmae.command_line.launch import run
+from fcmae.command_line.run_inference import image_sides
 from fcmae.conversion.exporting import check_out, convert
 from fcmae.conversion.formats import FORMATS, get_conversion
 from fcmae.conversion.push import check_login, check_name, push
 from fcmae.errors import UserError
 from fcmae.inference.trained import load_trained
-from fcmae.launch import run
-from fcmae.run_inference import image_sides
 
 
 def export(config: DictConfig) -> None:

@@ -15,11 +15,11 @@ from fcmae.checkpoints.format import describe, read_checkpoint
 from fcmae.checkpoints.lineage import Lineage
 from fcmae.checkpoints.load_into import load_into
 from fcmae.checkpoints.weights import read_weights
-from fcmae.config_check import check_choice, check_run, check_same_input
+from fcmae.command_line.config_check import check_choice, check_run, check_same_input
+from fcmae.command_line.launch import build, run
+from fcmae.command_line.run_setting import run_setting
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.errors import UserError
-from fcmae.launch import build, run
-from fcmae.run_setting import run_setting
 from fcmae.training.classification import ClassificationModule
 from fcmae.training.classification_loss import ClassificationLoss, balanced_weights
 from fcmae.training.run_folder import RunFolder

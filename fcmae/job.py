@@ -66,7 +66,7 @@ def _compose(verb: str, overrides: list[str]) -> dict[str, Any]:
     # These take a while, in which signals are noted already.
     from omegaconf import OmegaConf
 
-    from fcmae.launch import compose
+    from fcmae.command_line.launch import compose
 
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):

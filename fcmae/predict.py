@@ -4,11 +4,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fcmae.config_check import check_whole
+from fcmae.command_line.config_check import check_whole
+from fcmae.command_line.launch import run
+from fcmae.command_line.run_inference import Work, open_work
 from fcmae.errors import UserError
 from fcmae.evaluation.tables import open_predictions
-from fcmae.launch import run
-from fcmae.run_inference import Work, open_work
 
 
 def predict(config: DictConfig) -> None:

@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 
 from fcmae.checkpoints.format import describe
 from fcmae.checkpoints.names import Size
-from fcmae.config_check import check_choice, check_run, check_same_input, check_whole
+from fcmae.command_line.config_check import check_choice, check_run, check_same_input, check_whole
+from fcmae.command_line.launch import build, run
+from fcmae.command_line.run_inference import stage_numbers
+from fcmae.command_line.run_setting import run_setting
 from fcmae.data.datamodule import ImageDataModule
-from fcmae.launch import build, run
-from fcmae.run_inference import stage_numbers
-from fcmae.run_setting import run_setting
 from fcmae.training.callbacks.online_probe import OnlineProbe
 from fcmae.training.callbacks.reconstructions import Reconstructions
 from fcmae.training.pretraining import PretrainModule

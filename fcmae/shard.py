@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from fcmae.config_check import check_whole
+from fcmae.command_line.config_check import check_whole
+from fcmae.command_line.launch import build, config_folder, run
+from fcmae.command_line.run_inference import progress_bar
 from fcmae.data.datamodule import ImageDataModule
 from fcmae.data.labelled import LabelledDataModule
 from fcmae.data.shard_folder import ShardFolder, make_folder
 from fcmae.data.shard_writer import ShardWriter, plan
 from fcmae.errors import UserError
-from fcmae.launch import build, config_folder, run
-from fcmae.run_inference import progress_bar
 
 _PATHS = {"data.path": "train", "data.val_path": "val"}
 

@@ -50,7 +50,7 @@ def pretrain(folder: Path, *arguments: str) -> Result:
 
 def command(verb: str, folder: Path, *arguments: str) -> Result:
     """`python -m fcmae.<verb> <arguments>` likewise."""
-    from fcmae.launch import run
+    from fcmae.command_line.launch import run
 
     with typed(folder, verb, *arguments) as (out, err):
         try:

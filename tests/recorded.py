@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.data.source import Batch
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule

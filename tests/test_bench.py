@@ -16,8 +16,8 @@ from PIL import Image
 import fcmae
 from fcmae.bench import bench
 from fcmae.benchmark import doctor, summary
+from fcmae.command_line.launch import config_folder
 from fcmae.engines import Engine, get_engine
-from fcmae.launch import config_folder
 
 ROOT = Path(__file__).parents[1]
 MICRO = ["model.depths=[1,1,2,1]", "model.dims=[8,16,32,64]", "model.decoder_dim=16"]

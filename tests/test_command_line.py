@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 import fcmae
 from fcmae.__main__ import VERBS, main
+from fcmae.command_line.launch import compose, config_folder, normalize
+from fcmae.command_line.option_hints import choosable, defaults_of
 from fcmae.errors import UserError
-from fcmae.launch import compose, config_folder, normalize
 from fcmae.models.convnext import SIZES
-from fcmae.option_hints import choosable, defaults_of
 
 CONFIGS = config_folder()
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from fcmae import FCMAE, Pixels, RandomMask, create_model
-from fcmae.launch import config_folder
+from fcmae.command_line.launch import config_folder
 from fcmae.models.convnext import SIZES
 from fcmae.training.batch_augment import BatchAugment
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fcmae
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 
 

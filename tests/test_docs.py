@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fcmae.launch import compose
+from fcmae.command_line.launch import compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("docs/*.md"), ROOT / "docker" / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("scripts/*.slurm")]

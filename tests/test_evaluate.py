@@ -11,9 +11,9 @@ from micro import command
 from PIL import Image
 
 from fcmae import UserError
+from fcmae.command_line.launch import compose
+from fcmae.command_line.result_folder import check_same, result_folder
 from fcmae.evaluate import evaluate
-from fcmae.launch import compose
-from fcmae.result_folder import check_same, result_folder
 
 
 @pytest.fixture(autouse=True)

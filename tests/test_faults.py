@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_in_a_sharded_save(tmp_path: Path, images: Path, wr
         f"""
 import contextlib, os
 from pathlib import Path
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 from fcmae.training import sharding
 

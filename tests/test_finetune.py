@@ -90,7 +90,7 @@ def state(run: Path) -> dict[str, Tensor]:
 
 def test_no_engine_is_imported(place: Path) -> None:
     source = (
-        "import sys; from fcmae.launch import run; from fcmae import finetune, evaluate, predict, embed; "
+        "import sys; from fcmae.command_line.launch import run; from fcmae import finetune, evaluate, predict, embed; "
         "run('finetune', finetune.finetune); print(sorted(sys.modules))"
     )
     typed = [sys.executable, "-c", source, *MICRO, "checkpoint=null", "epochs=2"]

@@ -252,7 +252,7 @@ def test_a_signal_saves_all_ranks_rows(place: Path, moment: str) -> None:
     script.write_text(
         f"""
 import os, signal
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule
 

@@ -21,13 +21,13 @@ from micro import RUN, SMOKE, pretrain
 from PIL import Image
 
 from fcmae import UserError
+from fcmae.command_line.launch import config_folder
 from fcmae.data.decoding import open_picture
 from fcmae.data.hf import HFDataModule
 from fcmae.data.hf_columns import encode_labels
 from fcmae.data.parquet_shards import ParquetImages
 from fcmae.data.picture import to_tensor
 from fcmae.data.transforms import Crop
-from fcmae.launch import config_folder
 
 datasets = pytest.importorskip("datasets", reason="data=hf is tested where datasets is installed")
 pa = pytest.importorskip("pyarrow", reason="data=hf is tested where pyarrow is installed")

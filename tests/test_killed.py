@@ -15,7 +15,7 @@ from micro import command, write_images
 from recorded import Recorder, Seen, seen
 from test_remote import Server
 
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule
 

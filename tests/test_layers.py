@@ -23,6 +23,7 @@ FLOORS = [
     {"training"},
     {"benchmark"},
     {"cluster"},
+    {"command_line"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ENTRY = len(FLOORS)  # every other module that lies directly in the package

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from micro import MICRO, command, pretrain
 
-from fcmae.config_check import check_same_input
-from fcmae.launch import compose
+from fcmae.command_line.config_check import check_same_input
+from fcmae.command_line.launch import compose
 from fcmae.pretrain import _next_command
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fcmae.launch import compose
-from fcmae.original_options import otherwise, renamed, translate
+from fcmae.command_line.launch import compose
+from fcmae.command_line.original_options import otherwise, renamed, translate
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from_the_original.md").read_text()
 VALUES = {"model": "convnextv2_atto", "layer_decay_type": "group", "aa": "rand-m9-mstd0.5-inc1"}

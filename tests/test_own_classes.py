@@ -13,7 +13,7 @@ from micro import MICRO, RUN, command, pretrain, write_images
 import fcmae
 from fcmae.checkpoints.format import read_checkpoint
 from fcmae.checkpoints.load import _MASKINGS, _TARGETS
-from fcmae.launch import config_folder
+from fcmae.command_line.launch import config_folder
 
 SOURCE = """
 from torch import nn, optim
@@ -157,7 +157,7 @@ def test_a_mistake_in_a_class_comes_with_its_traceback(target, error, lab):
 def test_a_method_and_a_function_of_c_can_be_named(lab):
     from omegaconf import OmegaConf
 
-    from fcmae.config_check import check_config
+    from fcmae.command_line.config_check import check_config
 
     check_config(OmegaConf.create({"masking": {"_target_": "lab.Mask.half", "patch_size": 64}}), {"masking"})
     check_config(OmegaConf.create({"masking": {"_target_": "builtins.dict", "x": 1}}), {"masking"})

@@ -231,7 +231,7 @@ def _lives(pid: int) -> bool:
 
 FAULTS = """
 import os, signal, sys, time
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.errors import UserError
 from fcmae.pretrain import pretrain
 from fcmae.training.callbacks import checkpoints
@@ -347,7 +347,7 @@ def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, images: Path, err
     script = tmp_path / "fails.py"
     script.write_text(
         "import os\n"
-        "from fcmae import launch\n"
+        "from fcmae.command_line import launch\n"
         "from fcmae.errors import UserError\n"
         "from fcmae.pretrain import pretrain\n"
         "from fcmae.training.pretraining import PretrainModule\n"
@@ -400,7 +400,7 @@ def test_another_installation_on_one_rank_is_refused(tmp_path: Path, images: Pat
     script = tmp_path / "other.py"
     script.write_text(
         "import os\n"
-        "from fcmae import launch\n"
+        "from fcmae.command_line import launch\n"
         "from fcmae.pretrain import pretrain\n"
         "from fcmae.training import launching\n"
         "if os.environ.get('LOCAL_RANK') == '1':\n"

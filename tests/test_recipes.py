@@ -7,7 +7,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-from fcmae.launch import config_folder
+from fcmae.command_line.launch import config_folder
 
 # Columns: base LR, weight decay, layer decay, its kind, warm-up, epochs, smoothing, mixup, cutmix, drop path.
 IN1K = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import fcmae
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 from fcmae.training.pretraining import PretrainModule
 from fcmae.training.run_folder import RunFolder
@@ -285,7 +285,7 @@ def test_a_kill_during_a_write_leaves_a_loadable_checkpoint(tmp_path: Path, imag
     script.write_text(
         """
 import os, signal, sys, torch
-from fcmae import launch
+from fcmae.command_line import launch
 from fcmae.pretrain import pretrain
 
 save, saves = torch.save, []

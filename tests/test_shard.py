@@ -22,13 +22,13 @@ from micro import Result, command, write_images
 from PIL import Image
 from test_webdataset import OPTIONS
 
+from fcmae.command_line.launch import config_folder
 from fcmae.data.folder import Folder
 from fcmae.data.imagefolder import ImageFolder
 from fcmae.data.picture import Decoded, Picture, to_tensor
 from fcmae.data.remote import RemoteCache
 from fcmae.data.shard_writer import _Hashed, encode, plan
 from fcmae.data.webdataset import WebDataset, WebDatasetDataModule
-from fcmae.launch import config_folder
 
 FEW = ["shard_size=4", "num_workers=0", "data.val_images=5"]
 

@@ -249,7 +249,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path, images: Path) 
         "import time\n"
         "from fcmae.stopping import watch\n"
         "watch()\n"
-        "from fcmae import launch\n"
+        "from fcmae.command_line import launch\n"
         "from fcmae.pretrain import pretrain\n"
         "from fcmae.training.pretraining import PretrainModule\n"
         "PretrainModule.training_step = lambda self, batch, index: time.sleep(100)\n"
@@ -327,7 +327,7 @@ def test_ranks_are_asked_equally_often_in_a_validation(
 def _data(images: Path, *, batch_size: int, val_images: int) -> ImageDataModule:
     from hydra import compose, initialize_config_dir
 
-    from fcmae.launch import build, config_folder
+    from fcmae.command_line.launch import build, config_folder
 
     overrides = [f"data.path={images}", f"data.batch_size={batch_size}", f"data.val_images={val_images}"]
     overrides += ["data.num_workers=0", "data.image_size=64", "+model=atto", "data=folder"]

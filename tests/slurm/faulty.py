@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fcmae import launch
+from fcmae.command_line import launch
 
 
 def faulty(run: Callable[..., None]) -> Callable[..., None]:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from omegaconf import DictConfig, OmegaConf
 
+from fcmae.command_line.option_hints import closest, no_choice
 from fcmae.errors import UserError, in_a_line
 from fcmae.files import expanded
-from fcmae.option_hints import closest, no_choice
 
 _PLACES = (
     *("checkpoint", "init", "images", "out", "run_dir", "json", "plot"),

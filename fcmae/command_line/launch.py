@@ -18,12 +18,21 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fcmae.config_check import check_config, mandatory
+import fcmae
+from fcmae.command_line.config_check import check_config, mandatory
+from fcmae.command_line.option_help import option_help
+from fcmae.command_line.option_hints import (
+    choosable,
+    groups_of,
+    keys_of,
+    of_another,
+    other_group,
+    unknown_choice,
+    unknown_key,
+)
+from fcmae.command_line.original_options import translate
 from fcmae.errors import RanksLostError, TransientError, UserError, in_a_line
 from fcmae.files import write_text
-from fcmae.option_help import option_help
-from fcmae.option_hints import choosable, groups_of, keys_of, of_another, other_group, unknown_choice, unknown_key
-from fcmae.original_options import translate
 
 _WITH_HELP = ("hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null")
 """So that help is told once and leaves no files behind."""
@@ -173,7 +182,7 @@ def _failing(error: InstantiationException, asked: str) -> str:
 
 def config_folder() -> Path:
     """Where the YAML files are: inside an installed package, else beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(fcmae.__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "pretrain.yaml").is_file():
             return folder

@@ -12,7 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from fcmae.option_hints import choosable, defaults_of, of_another
+from fcmae.command_line.option_hints import choosable, defaults_of, of_another
 
 _WIDTH = 120
 

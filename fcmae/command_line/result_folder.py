@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fcmae.command_line.run_inference import image_sides, stage_numbers
 from fcmae.errors import UserError
 from fcmae.inference.trained import Trained
-from fcmae.run_inference import image_sides, stage_numbers
 
 _PREPARED = ("augment", "image_size", "in_chans", "mean", "std", "samples_per_epoch", "repeats", "max_broken")
 """Options of the data that the checkpoint decides, or that play no part here."""

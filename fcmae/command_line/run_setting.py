@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from fcmae.checkpoints.weights import read_weights
+from fcmae.command_line.launch import build
+from fcmae.command_line.run_inference import progress_bar
 from fcmae.data.statistics import channel_statistics
 from fcmae.errors import UserError
-from fcmae.launch import build
-from fcmae.run_inference import progress_bar
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.session import Setting
 

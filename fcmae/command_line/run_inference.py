@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fcmae.config_check import check_choice, check_kinds
+from fcmae.command_line.config_check import check_choice, check_kinds
 from fcmae.data.folder import Folder, find_images
 from fcmae.errors import UserError
 from fcmae.files import write_text
