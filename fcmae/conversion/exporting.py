@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -161,12 +161,12 @@ def description(trained: Trained, *, lineage: Lineage, license: str | None) -> d
 @contextlib.contextmanager
 def _folder_for(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that becomes it when the block ends well, and vanishes when it does not."""
-    try:
+    with _making(out):
         there = next(folder for folder in out.absolute().parents if folder.is_dir())
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=there))
-    except OSError as error:
-        raise UserError(f"out={out} cannot be made: {error.strerror}; name another folder") from error
+    folder = there / f".{out.name}.{secrets.token_hex(8)}"  # known before it is there: a signal may come just then
     try:
+        with _making(out):
+            folder.mkdir(0o700)
         yield folder
         for file in folder.rglob("*"):
             if file.is_file():
@@ -181,6 +181,14 @@ def _folder_for(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _making(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made: {error.strerror}; name another folder") from error
 
 
 def _umask() -> int:
