@@ -28,7 +28,7 @@ TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.num_
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NUM_NODES": "2"}
 
 
-def options(nodes: int, devices: Any, accelerator: str = "cpu") -> dict[str, Any]:
+def options(nodes: Any, devices: Any, accelerator: str = "cpu") -> dict[str, Any]:
     return {"num_nodes": nodes, "devices": devices, "accelerator": accelerator}
 
 
@@ -87,6 +87,7 @@ def test_what_fits_is_taken(
         (options(2, 4), {}, "start the run with torchrun, or with srun"),
         (options(1, "all"), {}, "trainer.devices=all must be a number, a list such as [0,1], auto, or -1 for all"),
         (options(1, None), {}, "trainer.devices=None must be a number"),
+        (options("two", 1), {}, "trainer.num_nodes=two must be a number"),
     ],
 )
 def test_what_would_wait_for_ever_is_refused_with_what_fits(

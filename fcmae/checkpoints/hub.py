@@ -16,11 +16,11 @@ from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
 from fcmae.checkpoints.descriptions import is_license
 from fcmae.checkpoints.hub_messages import check_repo, failed, first_line, refused, unreachable
 from fcmae.checkpoints.lineage import binding, sha256
+from fcmae.checkpoints.names import WEIGHT_FILES
 from fcmae.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS = ("model.safetensors", "encoder.safetensors", "model.pth", "pytorch_model.bin")  # the first that is there
 _BESIDE = ("config.json", "preprocessor_config.json", "fcmae.json", "README.md")
 _LATER = (408, 429)  # HTTP's answers, beside all from 500 on, that another day's may differ from
 
@@ -69,14 +69,14 @@ def fetch(name: str) -> Fetched:
     """
     repo, revision = _locate(name)
     listed, reason = _listing(repo, revision)
-    for candidate in _WEIGHTS if listed is None else [file for file in _WEIGHTS if file in listed]:
+    for candidate in WEIGHT_FILES if listed is None else [file for file in WEIGHT_FILES if file in listed]:
         if weights := _download(repo, revision, candidate, cached=listed is None):
             break
     else:
         if listed is None:
             raise unreachable(repo, revision, reason)
         raise UserError(
-            f"hf-hub:{repo} has none of {', '.join(_WEIGHTS)} (revision {revision}): name a repository with the "
+            f"hf-hub:{repo} has none of {', '.join(WEIGHT_FILES)} (revision {revision}): name a repository with the "
             "weights of one network of PyTorch"
         )
     checksum = _check(weights, repo, online=listed is not None)

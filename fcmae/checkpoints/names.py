@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 STEM = "stem.0.weight"
+WEIGHT_FILES = (
+    "model.safetensors",  # of fine-tuning, with the classifier, and of timm and transformers
+    "encoder.safetensors",  # of pre-training
+    "model.pth",  # in the authors' names
+    "pytorch_model.bin",  # older ones of timm and transformers
+)
+"""In a folder or a repository: the first that is there."""
 
 # The authors' names in their dense models -> timm's. d, i, j, k stand for numbers, p for weight or bias.
 OFFICIAL_TO_TIMM = {

@@ -16,16 +16,11 @@ from fcmae.checkpoints.format import DESCRIPTION, FORMAT, newest_checkpoint
 from fcmae.checkpoints.hub import Fetched, fetch, known_license, stated_license
 from fcmae.checkpoints.layouts import WRITTEN_BY, Layout, find_weights
 from fcmae.checkpoints.lineage import DROPPED, Lineage, binding, origin
+from fcmae.checkpoints.names import WEIGHT_FILES
 from fcmae.checkpoints.opening import open_weights
 from fcmae.checkpoints.sharded import is_sharded
 from fcmae.errors import UserError
 
-_STANDARD = (  # in a folder, the first that is there
-    "model.safetensors",  # of fine-tuning, with the classifier, and of timm and transformers
-    "encoder.safetensors",  # of pre-training
-    "model.pth",  # in the authors' names
-    "pytorch_model.bin",  # older ones of timm and transformers
-)
 _HUBS = ("hf-hub:", "timm:")
 _AVERAGES = {"model": "model_ema", "state_dict": "state_dict_ema"}  # where the authors and timm keep weights
 
@@ -106,7 +101,7 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         raise UserError(f"{file} holds the moving average of the weights alone: read that, ema=True")
     made_by = (description or {}).get("model", {}).get("_target_")
     found = find_weights(plain if ema is False else average or plain, file, made_by=made_by)
-    said = description or (describe_foreign(file.parent) if file.name in _STANDARD else None)
+    said = description or (describe_foreign(file.parent) if file.name in WEIGHT_FILES else None)
     if description is None and carried:  # one of our exports that has lost the description beside it
         said = (said or {}) | carried
     return Weights(
@@ -127,7 +122,7 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
 def _kind(layout: Layout, description: dict[str, Any] | None, file: Path, *, of_run: bool) -> str:
     if description is None:
         return WRITTEN_BY[layout]
-    if file.name in _STANDARD:
+    if file.name in WEIGHT_FILES:
         return "fcmae export"
     if of_run:
         return f"fcmae {'fine-tuning' if is_classifier(description) else 'pre-training'} run"
@@ -147,7 +142,7 @@ def _find(path: Path) -> Path:
             others = f"an export or a state dict{_hub(path)}"
             raise UserError(f"{path} does not exist: give a run's folder, a checkpoint, {others}")
         return path
-    for name in _STANDARD:
+    for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
     file = newest_checkpoint(path)
@@ -158,7 +153,7 @@ def _find(path: Path) -> Path:
             raise UserError(
                 f"{path} is an export for other programs alone: give what it was made of, or to=timm, to=hf"
             )
-        others = ", ".join(_STANDARD)
+        others = ", ".join(WEIGHT_FILES)
         raise UserError(
             f"{path} holds no checkpoint that can be read: give a run's folder, a file, or one with {others}"
         )
@@ -181,7 +176,7 @@ def _license(file: Path, said: dict[str, Any] | None, fetched: Fetched | None) -
         stated += map(known_license, repositories)
         if fetched is not None:
             stated.append(fetched.license)
-        elif file.name in _STANDARD:
+        elif file.name in WEIGHT_FILES:
             stated.append(stated_license(file.parent))
     return binding([license for license in stated if is_license(license)])
 
@@ -189,7 +184,7 @@ def _license(file: Path, said: dict[str, Any] | None, fetched: Fetched | None) -
 def _description(content: Any, file: Path) -> dict[str, Any] | None:
     """What one of our own files says of itself: a checkpoint inside, an export in the file beside it."""
     found: Any = content.get("fcmae") if isinstance(content, dict) else None
-    if file.name in _STANDARD:
+    if file.name in WEIGHT_FILES:
         with contextlib.suppress(OSError, ValueError, RecursionError):  # not there, or somebody else's
             found = json.loads((file.parent / DESCRIPTION).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not {"format", "model"} <= found.keys():

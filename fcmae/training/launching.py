@@ -49,7 +49,7 @@ def check_launch(options: Mapping[str, Any], environ: Mapping[str, str]) -> Laun
     Raises:
         UserError: they are not the same; with the options that fit.
     """
-    nodes, devices = int(options["num_nodes"]), _devices(options)
+    nodes, devices = _number(options, "num_nodes"), _devices(options)
     asked = f"trainer.num_nodes={nodes} trainer.devices={devices}"
     if "TORCHELASTIC_RUN_ID" in environ:
         started, here = int(environ["WORLD_SIZE"]), int(environ["LOCAL_WORLD_SIZE"])
@@ -140,14 +140,16 @@ def _devices(options: Mapping[str, Any]) -> int:
     if isinstance(devices, list):
         return len(devices)
     if str(devices) not in ("auto", "-1"):
-        try:
-            return int(devices)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"trainer.devices={devices} must be a number, a list such as [0,1], auto, or -1 for all"
-            ) from error
+        return _number(options, "devices", ", a list such as [0,1], auto, or -1 for all")
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu else 1
+
+
+def _number(options: Mapping[str, Any], name: str, more: str = "") -> int:
+    try:
+        return int(options[name])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer.{name}={options[name]} must be a number{more}") from error
 
 
 def _check_started(by: str, asked: str, wanted: tuple[int, int], started: tuple[int, int]) -> None:
