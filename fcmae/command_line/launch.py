@@ -236,7 +236,7 @@ def _check_written(arguments: Sequence[str], verb: str, folder: Path) -> None:
 
 
 def _fail(line: str, *, code: int = 2) -> NoReturn:
-    print(f"fcmae: {line}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"fcmae: {line}\n")  # in one piece, which print need not do: other ranks write there, too
     refused = Path(os.environ.get("FCMAE_REFUSED") or os.devnull)
     if code == 2 and not refused.exists():  # a job's supervisor wants to know why it need not try again
         with contextlib.suppress(UserError, OSError):  # the disk may be what is full

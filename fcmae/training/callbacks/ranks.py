@@ -146,7 +146,8 @@ class Ranks(L.Callback):
                 child.kill()
 
     def _leave(self, error: Exception) -> NoReturn:
-        print(f"fcmae: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"fcmae: {error}\n")  # in one piece: other ranks write there, too
+        sys.stderr.flush()
         self._end_children(15)
         os._exit(2 if isinstance(error, UserError) else 1)
 
